@@ -1,0 +1,68 @@
+# Everything runs in .venv, which the first target that needs it builds. Only python3.11+, make and a C++ compiler are assumed.
+PYTHON ?= python3
+# Installed before the package: an unpinned torch would bring several gigabytes of CUDA libraries to a machine without a GPU.
+# For another build: make clean, then e.g. make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format bench demo clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup    build .venv: torch, the package (editable) and the developer tools"
+	@echo "make test     set-up, then all checks: ruff, mypy, clang-format, pytest"
+	@echo "make lint     the same checks without pytest"
+	@echo "make format   rewrite the sources in the project's format"
+	@echo "make bench    set-up, then the benchmarks"
+	@echo "make demo     set-up, then examples/demo/run.py"
+	@echo "make clean    remove .venv and everything built"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
+
+setup: $(VENV)/.installed
+
+# Tools and torch: once for a virtual environment.
+$(VENV)/.torch:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no interpreter '$(PYTHON)'; name one of version 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: magihuman_fast needs Python 3.11 or later, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "$(PIP_INSTALL) $(TORCH)"
+	@$(PIP_INSTALL) $(TORCH) || { echo "error: pip cannot install '$(TORCH)' for $$($(PYTHON) --version) (its own message is above); choose another interpreter (PYTHON=...) or another torch, 2.11 or later (TORCH=torch==...)" >&2; exit 1; }
+	@touch $@
+
+# No build isolation: an isolated build would fetch its own requirements again, and later a second torch. They are listed
+# once, in pyproject.toml.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' >$(VENV)/build-requires.txt
+	$(PIP_INSTALL) --requirement $(VENV)/build-requires.txt
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+# The tests' tensors are small: a second thread waits more than it computes.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -m "not gpu"
+
+format: setup
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only
+
+demo: setup
+	$(BIN)/python examples/demo/run.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+"""What the two autoencoders taken from diffusers share: their files, filling them with weights, and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def find_diffusers_folder(path: Path) -> Path | None:
+    """`path` or its `vae/`, whichever holds an autoencoder as diffusers saves it, or None."""
+    folders = (path, path / "vae")
+    return next((f for f in folders if (f / CONFIG_FILE).is_file() and (f / WEIGHTS_FILE).is_file()), None)
+
+
+def lookup(config: object, name: str) -> Any:
+    """The value at a dotted name, such as `model.pretransform.type`, of parsed JSON; None where there is none."""
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def check_config(config: object, expected: Mapping[str, Any], where: object) -> None:
+    """Raise one `CheckpointError` naming every dotted field of `config` that is not as `expected`."""
+    found = {name: lookup(config, name) for name in expected}
+    wrong = [
+        f"{name} (expected {value!r}, got {found[name]!r})"
+        for name, value in expected.items()
+        if found[name] != value or isinstance(found[name], bool) != isinstance(value, bool)
+    ]
+    if wrong:
+        raise CheckpointError(f"{where}: not supported: {', '.join(wrong)}")
+
+
+def fill(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Give a module built on the meta device its weights, for inference; the caller has checked the shapes."""
+    module.load_state_dict(dict(weights), assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def copy_weight(
+    name: str, tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype, where: object
+) -> torch.Tensor:
+    """Copy a checkpoint tensor to `device` and `dtype`; an integer one is a `CheckpointError`."""
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{where}: {name}: expected floating point, got {tensor.dtype}")
+    # A copy even where nothing changes: a view would keep the mapped file open for the life of the model.
+    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+
+@contextmanager
+def conv_precision(device: torch.device, allow_tf32: bool) -> Iterator[None]:
+    """Run cuDNN's convolutions reproducibly, and in full float32 unless TF32 is allowed."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=allow_tf32):
+        yield

@@ -1,0 +1,109 @@
+"""Checks of one request, made before any of its work (sizes, lengths, steps, driving sound)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from . import config, media, sampler
+from .config import SuperResolution, Variant
+from .errors import InputError
+
+log = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: (width, height) of both stages, and their steps."""
+
+    size: tuple[int, int]
+    sr_size: tuple[int, int]
+    steps: int
+    sr_steps: int
+
+    @staticmethod
+    def latent_shape(frames: int, size: tuple[int, int]) -> tuple[int, ...]:
+        return (config.LATENT_CHANNELS, frames, size[1] // config.VAE_STRIDE, size[0] // config.VAE_STRIDE)
+
+
+def _snapped(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    for side in size:
+        if (
+            isinstance(side, bool)
+            or not isinstance(side, int)
+            or not config.MIN_SIDE <= side <= config.MAX_SIDE
+        ):
+            raise InputError(
+                f"{name}: expected sides of {config.MIN_SIDE} to {config.MAX_SIDE} pixels, got {side!r}"
+            )
+    snapped = (config.snap_size(size[0]), config.snap_size(size[1]))
+    if snapped != tuple(size):
+        log.warning("%s %dx%d becomes %dx%d, a multiple of %d", name, *size, *snapped, config.SIZE_STEP)
+    return snapped
+
+
+def check_request(
+    variant: Variant,
+    sr: SuperResolution | None,
+    seconds: float,
+    width: int,
+    height: int,
+    seed: int,
+    steps: int | None,
+    sr_steps: int | None,
+    sr_size: tuple[int, int] | None,
+) -> Request:
+    low, high = config.MIN_SECONDS, config.MAX_SECONDS
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not low <= seconds <= high:
+        raise InputError(f"seconds: expected {low:g} to {high:g}, got {seconds!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed: expected an integer from 0 to 2^63 - 1, got {seed!r}")
+    size = _snapped("size", (width, height))
+    if sr is None and (sr_size is not None or sr_steps is not None):
+        raise InputError("sr_size, sr_steps: this pipeline was loaded without sr=")
+    target = size
+    if sr is not None:
+        target = config.super_resolution_size(*size, sr) if sr_size is None else _snapped("sr_size", sr_size)
+    request = Request(
+        size=size,
+        sr_size=target,
+        steps=variant.steps if steps is None else steps,
+        sr_steps=sr_steps if sr_steps is not None else sr.steps if sr else 0,
+    )
+    sampler.flow_sigmas(request.steps)
+    if sr is not None:
+        sampler.flow_sigmas(request.sr_steps)
+    return request
+
+
+def load_driving_audio(
+    audio: PathLike | np.ndarray | torch.Tensor | None, seconds: float
+) -> torch.Tensor | None:
+    """Driving sound as (2, n) float32 at 51200 Hz, at most `seconds` long."""
+    if audio is None:
+        return None
+    rate = media.DRIVING_SAMPLE_RATE
+    if isinstance(audio, (str, os.PathLike)):
+        waveform = media.load_audio(audio, seconds=seconds)
+    else:
+        waveform = torch.as_tensor(audio)
+        if waveform.ndim != 2 or waveform.shape[0] != 2 or not waveform.is_floating_point():
+            raise InputError(
+                f"audio: expected float (2, n) at {rate} Hz, got {tuple(waveform.shape)} {waveform.dtype}"
+            )
+        waveform = waveform.float()[:, : round(seconds * rate)]
+    if waveform.shape[1] < rate * config.MIN_SECONDS:
+        raise InputError(
+            f"audio: expected at least {config.MIN_SECONDS:g} s, got {waveform.shape[1] / rate:.2f} s"
+        )
+    if not torch.isfinite(waveform).all():
+        raise InputError("audio: expected finite samples, got NaN or infinity")
+    if waveform.shape[1] < round(seconds * rate):
+        log.warning("the driving sound is %.2f s long and sets the clip's length", waveform.shape[1] / rate)
+    return waveform

@@ -1,0 +1,24 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from magihuman_fast.pipeline import MagiHumanPipeline
+from magihuman_fast.synthetic import MODELS, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny synthetic checkpoint with every model; tests that change it copy it first."""
+    root = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(root, size="tiny", models=list(MODELS))
+    return root
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny_checkpoint: Path) -> MagiHumanPipeline:
+    """The distilled pipeline with 540p super-resolution on the CPU."""
+    return MagiHumanPipeline.from_pretrained(tiny_checkpoint, sr="540p", device="cpu")

@@ -1,0 +1,116 @@
+// WGMMA against float64: every operand form, swizzle and direction, from tiles that the copy engine wrote.
+#include <cmath>
+
+#include "sim/tests/harness.h"
+
+namespace magihuman::tests {
+
+using namespace samples;
+
+namespace {
+
+// Small integers and halves: products and sums are exact in float32, so a wrong element cannot hide in
+// rounding.
+template <typename T>
+T element(uint32_t bits) {
+    const float value = static_cast<float>(static_cast<int>(bits % 17) - 8) / 2;
+    if constexpr (sizeof(T) == 2) {
+        return to_bf16(value);
+    } else {
+        return {sim::e4m3_from_float(value)};
+    }
+}
+
+template <typename T, int kN, Major kA, Major kB, Swizzle kSwizzle, bool kARegisters = false>
+void check() {
+    constexpr int kK = 128 / sizeof(T);
+    constexpr auto kType = sizeof(T) == 2 ? ElementType::kBf16 : ElementType::kE4m3;
+    constexpr uint32_t kSpanElements = swizzle_span(kSwizzle) / sizeof(T);
+    Buffer<T> a(64 * kK, "a"), b(kN * kK, "b");
+    Buffer<float> d(64 * kN, "d", NAN);
+    std::mt19937 generator(kN);
+    for (T& value : a) value = element<T>(generator());
+    for (T& value : b) value = element<T>(generator());
+    const auto map = [](Buffer<T>& buffer, Major major, int rows) {
+        const int lines = major == Major::kK ? rows : kK, length = major == Major::kK ? kK : rows;
+        return make_tensor_map(matrix_map_spec(buffer.data(), kType, lines, length, length * sizeof(T), lines,
+                                               kSpanElements, kSwizzle),
+                               "operand");
+    };
+    const WgmmaSampleParams params{map(a, kA, 64), map(b, kB, kN), reinterpret_cast<const uint8_t*>(a.data()),
+                                   d.data()};
+    const auto at = [](Buffer<T>& buffer, Major major, int rows, int row, int k) {
+        return double(to_float(buffer[major == Major::kK ? row * kK + k : k * rows + row]));
+    };
+    for (int seed = 0; seed < 4; ++seed) {
+        for (float& value : d) value = NAN;
+        sim::set_seed(seed);
+        launch(wgmma_sample<T, kN, kA, kB, kSwizzle, kARegisters>,
+               {"wgmma_sample", dim3(1), 128, 1, 64 * 128 + kN * 128 + 8}, params);
+        for (int i = 0; i < 64; ++i) {
+            for (int j = 0; j < kN; ++j) {
+                double sum = 0;
+                for (int k = 0; k < kK; ++k) sum += at(a, kA, 64, i, k) * at(b, kB, kN, j, k);
+                if (d[i * kN + j] != sum) {
+                    throw std::runtime_error("D[" + std::to_string(i) + ", " + std::to_string(j) + "] is " +
+                                             std::to_string(d[i * kN + j]) + ", expected " +
+                                             std::to_string(sum));
+                }
+            }
+        }
+    }
+}
+
+template <Swizzle kSwizzle>
+void check_bf16() {
+    check<bf16, 64, Major::kK, Major::kK, kSwizzle>();
+    check<bf16, 64, Major::kK, Major::kMN, kSwizzle>();
+    check<bf16, 128, Major::kMN, Major::kK, kSwizzle>();
+    check<bf16, 192, Major::kMN, Major::kMN, kSwizzle>();
+    check<bf16, 64, Major::kK, Major::kK, kSwizzle, true>();
+    check<bf16, 128, Major::kK, Major::kMN, kSwizzle, true>();
+}
+
+}  // namespace
+
+SIM_TEST(wgmma_bf16_swizzle_128) { check_bf16<Swizzle::kBytes128>(); }
+SIM_TEST(wgmma_bf16_swizzle_64) { check_bf16<Swizzle::kBytes64>(); }
+SIM_TEST(wgmma_bf16_swizzle_32) { check_bf16<Swizzle::kBytes32>(); }
+SIM_TEST(wgmma_bf16_no_swizzle) { check_bf16<Swizzle::kNone>(); }
+
+SIM_TEST(wgmma_bf16_every_width) {
+    [&]<int... kI>(std::integer_sequence<int, kI...>) {
+        (check<bf16, 8 * (kI + 1), Major::kK, Major::kK, Swizzle::kBytes128>(), ...);
+    }(std::make_integer_sequence<int, 32>{});
+}
+
+SIM_TEST(wgmma_e4m3) {
+    check<e4m3, 64, Major::kK, Major::kK, Swizzle::kBytes128>();
+    check<e4m3, 256, Major::kK, Major::kK, Swizzle::kBytes64>();
+    check<e4m3, 8, Major::kK, Major::kK, Swizzle::kBytes32>();
+    check<e4m3, 16, Major::kK, Major::kK, Swizzle::kNone>();
+    check<e4m3, 128, Major::kK, Major::kK, Swizzle::kBytes128, true>();
+}
+
+// Bits written out by hand from the fields of CUTLASS's GmmaDescriptor, not through the code under test.
+SIM_TEST(descriptor_bits) {
+    struct Outcome {
+        uint64_t k128, k32, mn64, none, advanced;
+    };
+    static Outcome seen;
+    const auto kernel = +[]() {
+        uint8_t* tile = dynamic_shared_memory() + 3072;  // shared address 1024 + 3072 = 0x1000
+        seen = {k_major_descriptor<Swizzle::kBytes128>(tile), k_major_descriptor<Swizzle::kBytes32>(tile),
+                mn_major_descriptor<Swizzle::kBytes64>(tile, 0x2000),
+                matrix_descriptor(tile, 0x800, 0x80, Swizzle::kNone),
+                advance(k_major_descriptor<Swizzle::kBytes128>(tile), 32)};
+    };
+    launch(kernel, {"descriptors", dim3(1), 32, 1, 8192});
+    expect(seen.k128 == (0x100ull | 1ull << 16 | 64ull << 32 | 1ull << 62), "K-major, 128-byte swizzle");
+    expect(seen.k32 == (0x100ull | 1ull << 16 | 16ull << 32 | 3ull << 62), "K-major, 32-byte swizzle");
+    expect(seen.mn64 == (0x100ull | 0x200ull << 16 | 32ull << 32 | 2ull << 62), "MN-major, 64-byte swizzle");
+    expect(seen.none == (0x100ull | 0x80ull << 16 | 8ull << 32), "no swizzle");
+    expect(seen.advanced == seen.k128 + 2, "advance by 32 bytes");
+}
+
+}  // namespace magihuman::tests

@@ -1,0 +1,188 @@
+"""The Hopper simulator's own tests (csrc/sim/tests), and the machine code that the instruction wrappers become."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+TESTS = CSRC / "sim" / "tests"
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def run(command: list[str | Path], **kwargs: object) -> str:
+    """Standard output of a command; its error output is the failure's text."""
+    result = subprocess.run(command, capture_output=True, text=True, **kwargs)  # type: ignore[call-overload]
+    assert result.returncode == 0, f"{command[0]} failed:\n{result.stdout}\n{result.stderr}"
+    return str(result.stdout)
+
+
+def names_of_tests() -> list[str]:
+    sources = sorted(TESTS.glob("test_*.cpp"))
+    return [name for source in sources for name in re.findall(r"SIM_TEST\((\w+)\)", source.read_text())]
+
+
+@pytest.fixture(scope="session")
+def simulator_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test program, built from the simulator and its tests."""
+    build = tmp_path_factory.mktemp("simulator")
+    machine = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+        "-DMAGIHUMAN_SIM",
+        f"-I{CSRC}",
+    ]
+
+    def compile_one(source: Path) -> Path:
+        target = build / f"{source.stem}.o"
+        run([COMPILER, *flags, *machine, "-c", source, "-o", target])
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*CSRC.glob("sim/*.cpp"), *TESTS.glob("*.cpp")]))
+    program = build / "simulator_tests"
+    run([COMPILER, *objects, "-o", program])
+    return program
+
+
+@pytest.mark.parametrize("name", names_of_tests())
+def test_simulator(simulator_tests: Path, name: str) -> None:
+    assert f"{name}: ok" in run([simulator_tests, name])
+
+
+def test_all_simulator_tests_are_run(simulator_tests: Path) -> None:
+    assert sorted(run([simulator_tests, "--list"]).split()) == sorted(names_of_tests())
+
+
+def test_tensor_core_agrees_with_canonical_layouts(simulator_tests: Path) -> None:
+    out = run([simulator_tests, "--layouts", TESTS / "canonical_layouts.txt"])
+    assert out == f"{len((TESTS / 'canonical_layouts.txt').read_text().splitlines())} layouts agree\n"
+
+
+def test_layout_check_can_fail(simulator_tests: Path, tmp_path: Path) -> None:
+    lines = (TESTS / "canonical_layouts.txt").read_text().splitlines()
+    wrong = tmp_path / "wrong.txt"
+    for line in (lines[3], lines[-1]):
+        wrong.write_text(line[:-1] + str((int(line[-1]) + 1) % 10) + "\n")
+        result = subprocess.run([simulator_tests, "--layouts", wrong], capture_output=True, text=True)
+        assert result.returncode == 1
+        assert "elsewhere" in result.stdout or "other elements" in result.stdout
+
+
+# What each wrapper must become: the instruction as the disassembler prints it, and how often at least.
+MACHINE_CODE = {
+    "wgmma_bf16": r"HGMMA\.64x(64|96|128|256)x16\.F32\.BF16 ",
+    "wgmma_e4m3": r"QGMMA\.64x(16|128)x32\.F32\.E4M3\.E4M3 ",
+    "wgmma_fence": r"WARPGROUP\.ARRIVE",
+    "wgmma_wait": r"WARPGROUP\.DEPBAR",
+    "tma_load 2-D": r"UTMALDG\.2D ",
+    "tma_load 3-D": r"UTMALDG\.3D ",
+    "tma_load 4-D": r"UTMALDG\.4D ",
+    "tma_load 5-D": r"UTMALDG\.5D ",
+    "tma_load_multicast": r"UTMALDG\.2D\.MULTICAST ",
+    "tma_store 2-D": r"UTMASTG\.2D ",
+    "tma_store 5-D": r"UTMASTG\.5D ",
+    "tma_store_commit": r"UTMACMDFLUSH",
+    "tma_prefetch_map": r"UTMACCTL\.PF ",
+    "mbarrier_init": r"SYNCS\.EXCH\.64 ",
+    "mbarrier_arrive": r"SYNCS\.ARRIVE\.TRANS64",
+    "mbarrier_wait": r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT ",
+    "fence_proxy_async": r"FENCE\.VIEW\.ASYNC",
+    "named_barrier_sync": r"BAR\.SYNC",
+    "cluster_arrive": r"UCGABAR_ARV",
+    "cluster_wait": r"UCGABAR_WAIT",
+    "elect_one": r"ELECT ",
+    "registers_release": r"USETMAXREG\.DEALLOC",
+    "registers_claim": r"USETMAXREG\.TRY_ALLOC",
+    "stmatrix_x4": r"STSM\.16\.M88\.4 ",
+    "stmatrix_x4 transposed": r"STSM\.16\.MT88\.4 ",
+    "ldmatrix_x4": r"LDSM\.16\.M88\.4 ",
+    "ldmatrix_x4 transposed": r"LDSM\.16\.MT88\.4 ",
+    "fast_exp2": r"MUFU\.EX2 ",
+    "pack_bf16x2": r"F2FP\.BF16\.F32\.PACK_AB ",
+    "pack_e4m3x2": r"F2FP\.SATFINITE\.E4M3",
+}
+
+
+def nvidia_program(name: str) -> str | None:
+    """A program on the path, or in one of NVIDIA's packages."""
+    for package in ("nvidia.cu13", "nvidia.cuda_cuobjdump"):
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(folder) / "bin" / name).exists():
+                return str(Path(folder) / "bin" / name)
+    return shutil.which(name)
+
+
+@pytest.fixture(scope="session")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Disassembly of the sample kernels, compiled without a spill or a warning."""
+    nvcc, cuobjdump, nvdisasm = shutil.which("nvcc"), nvidia_program("cuobjdump"), nvidia_program("nvdisasm")
+    cutlass = importlib.util.find_spec("cutlass_library")
+    for what, found in {
+        "nvcc": nvcc,
+        "cuobjdump (package nvidia-cuda-cuobjdump)": cuobjdump,
+        "nvdisasm (package nvidia-cuda-nvdisasm)": nvdisasm,
+        "the CUTLASS headers (package nvidia-cutlass)": cutlass,
+    }.items():
+        if found is None:
+            pytest.skip(f"{what} is not installed: the wrappers' machine code is not looked at")
+    assert cutlass is not None
+    assert cutlass.submodule_search_locations
+    assert cuobjdump
+    assert nvdisasm
+    assert nvcc
+    include = Path(cutlass.submodule_search_locations[0]) / "source" / "include"
+    cubin = tmp_path_factory.mktemp("machine_code") / "samples.cubin"
+    architecture = "-gencode=arch=compute_90a,code=sm_90a"
+    warnings = ["-Werror", "all-warnings", "-Xptxas=--warn-on-spills,-Werror"]
+    source = TESTS / "machine_code.cu"
+    run(
+        [
+            nvcc,
+            "-std=c++20",
+            architecture,
+            *warnings,
+            f"-I{CSRC}",
+            f"-I{include}",
+            "-cubin",
+            source,
+            "-o",
+            cubin,
+        ]
+    )
+    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return run([cuobjdump, "-sass", cubin], env={**os.environ, "PATH": path})
+
+
+@pytest.mark.parametrize("wrapper", MACHINE_CODE)
+def test_wrapper_becomes_its_instruction(machine_code: str, wrapper: str) -> None:
+    assert re.search(MACHINE_CODE[wrapper], machine_code), f"{wrapper}: no {MACHINE_CODE[wrapper]}"
+
+
+def test_no_local_memory(machine_code: str) -> None:
+    assert not re.search(r"\b(LDL|STL)\b", machine_code)
+
+
+def test_no_fence_before_remote_arrivals(machine_code: str) -> None:
+    # A membar on the way to a peer's barrier would stall the consumer in every stage.
+    code = [line for line in machine_code.splitlines() if re.search(r"^\s+/\*[0-9a-f]{4,}\*/", line)]
+    arrivals = [i for i, line in enumerate(code) if "SYNCS.ARRIVE.TRANS64.RED" in line]
+    assert arrivals
+    assert not any("MEMBAR" in line for i in arrivals for line in code[i - 8 : i])

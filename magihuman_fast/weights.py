@@ -8,7 +8,6 @@ that loading needs the model's own memory plus one tensor.
 from __future__ import annotations
 
 import json
-import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,8 +100,13 @@ def load_torch_file(path: Path) -> Any:
     """Memory-map a torch file that holds tensors and plain containers only; code in it is refused, not run."""
     try:
         return torch.load(require_file(path), map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: expected a torch file with nothing but weights: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        raise CheckpointError(
+            f"{path}: expected a torch file with nothing but weights, got one that is damaged, of another format or "
+            f"has code in it ({type(error).__name__})"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -228,9 +228,9 @@ def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"{", "expected a JSON object"),
-        (b"\xff\xfe\x00", "expected a JSON object"),
-        (b"[" * 200_000, "expected a JSON object"),
+        (b"{", "expected JSON: "),
+        (b"\xff\xfe\x00", "expected JSON: "),
+        (b"[" * 200_000, "expected JSON: "),
         (b"[1]", "expected a JSON object, got list"),
         (b"{}", "missing fields"),
     ],

@@ -6,7 +6,6 @@ On CUDA, float32 convolutions follow `torch.backends.cudnn.allow_tf32`, which st
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..config import VAE_STRIDE, VAE_TIME_STRIDE
 from ..errors import CheckpointError, InputError
 from ..latent_statistics import LATENT_MEAN, LATENT_STD
 from ..turbo_vae_config import TurboVAEConfig
+from ..weights import load_torch_file, read_json
 
 CONFIG_NAME = "TurboV3-Wan22-TinyShallow_7_7.json"
 CHECKPOINT_NAME = "checkpoint-340000.ckpt"
@@ -299,10 +299,7 @@ def to_uint8(video: Tensor) -> Tensor:
 
 
 def _read_config(path: Path) -> TurboVAEConfig:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a JSON object, got: {error}") from error
+    values = read_json(path)
     try:
         return TurboVAEConfig.from_dict(values)
     except CheckpointError as error:
@@ -310,13 +307,7 @@ def _read_config(path: Path) -> TurboVAEConfig:
 
 
 def _read_state_dict(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a malformed or hostile pickle can raise anything
-        raise CheckpointError(
-            f"{path}: expected a torch (zip) file that holds nothing but tensors, got one that is damaged, "
-            f"of another format or has code in it ({type(error).__name__})"
-        ) from error
+    checkpoint = load_torch_file(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(STATE_DICT_KEY), dict):
         got = (
             list(map(str, checkpoint))[:_MAX_NAMES]

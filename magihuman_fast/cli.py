@@ -1,0 +1,272 @@
+"""The shell command `magihuman-fast`: generate, check, synth and info.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad request, 3 bad checkpoint,
+4 cannot write, 130 interrupted. What the commands do is in `commands`, imported when one is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import config
+from .config import SUPER_RESOLUTIONS, VARIANTS
+from .errors import Cancelled, CheckpointError, InputError, OutputError
+
+if TYPE_CHECKING:
+    from .commands import Answer
+
+PROGRAM = "magihuman-fast"
+EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (InputError, 2),
+    (CheckpointError, 3),
+    (OutputError, 4),
+    (Cancelled, 130),
+    (KeyboardInterrupt, 130),
+)
+DOWNLOADS = """\
+hf download GAIR/daVinci-MagiHuman --include 'distill/*' --local-dir DIR
+hf download GAIR/daVinci-MagiHuman --include 'turbo_vae/*' --local-dir DIR
+hf download google/t5gemma-9b-9b-ul2 config.json tokenizer.json tokenizer_config.json model.safetensors.index.json \\
+  model-0000{1,2,3,4}-of-00009.safetensors --local-dir DIR/t5gemma-9b-9b-ul2
+hf download Wan-AI/Wan2.2-TI2V-5B Wan2.2_VAE.pth --local-dir DIR/Wan2.2-TI2V-5B
+hf download stabilityai/stable-audio-open-1.0 model_config.json model.safetensors \\
+  --local-dir DIR/stable-audio-open-1.0
+"""
+"""How to get what the distilled model needs; super-resolution also needs '540p_sr/*' or '1080p_sr/*'."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others, and whose examples keep their lines."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+class _LogLines(logging.Handler):
+    """Log records as lines on stderr that leave progress bars whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. `argv` are the arguments after the program's name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json, verbose = "--json" in arguments, "--verbose" in arguments
+    try:
+        args = _parser().parse_args(arguments)
+        # Libraries that print must not spoil the result.
+        with _logging(args), contextlib.redirect_stdout(sys.stderr):
+            answer: Answer = getattr(import_module(".commands", __package__), args.command)(args)
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0)
+    except (Exception, KeyboardInterrupt) as error:
+        return _fail(error, as_json, verbose)
+    if as_json:
+        print(json.dumps(answer.values))
+    elif answer.text:
+        print(answer.text)
+    return answer.code
+
+
+def _fail(error: BaseException, as_json: bool, verbose: bool) -> int:
+    code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
+    kind, message = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+    elif _is_out_of_memory(error):
+        message = f"out of memory: {message or kind}; '{PROGRAM} check' tells what is needed"
+    elif code == 1:
+        message = f"unexpected {kind}: {message} (--verbose shows where)"
+    if verbose:
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}))
+    return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name: importing torch only to ask would make every usage error slow.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+@contextlib.contextmanager
+def _logging(args: argparse.Namespace) -> Iterator[None]:
+    """Show the package's log on stderr while a command runs."""
+    logger = logging.getLogger(__package__)
+    handler, level = _LogLines(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if args.verbose else logging.ERROR if args.quiet else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 448x256, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _models(text: str) -> list[str]:
+    known = [*VARIANTS, *SUPER_RESOLUTIONS]
+    names = [name.strip() for name in text.split(",")]
+    if not all(name in known for name in names):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description="daVinci-MagiHuman: from a prompt to a video of a speaking person, with sound.",
+        epilog=f"""examples:
+  {PROGRAM} info
+  {PROGRAM} check DIR
+  {PROGRAM} generate --model DIR --prompt "A woman smiles and says hello." --output hello.mp4
+
+the published weights (DIR is a folder of yours; all of the first repository is some 200 GB):
+  """
+        + DOWNLOADS.strip().replace("\n", "\n  "),
+    )
+    version = import_module(__package__ or "").__version__
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    generate = _command(
+        commands,
+        "generate",
+        "make a video from a prompt",
+        f"""examples:
+  {PROGRAM} generate --model DIR --prompt-file prompt.txt --image portrait.png --output out.mp4
+  {PROGRAM} generate --model DIR --prompt "..." --sr 540p --output out.mp4
+  {PROGRAM} generate --model DIR --prompt "..." --audio speech.wav --seconds 8 --output out.mp4
+  {PROGRAM} generate --model DIR --prompt "..." --variant base --steps 32 --seed 7 --output out.mp4""",
+    )
+    add = generate.add_argument
+    add(
+        "--model", type=Path, required=True, metavar="DIR", help="folder of distill/, turbo_vae/ and the rest"
+    )
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what happens and what is said")
+    prompt.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file, - for stdin"
+    )
+    add("--output", type=Path, required=True, metavar="FILE.mp4", help="the video to write")
+    add("--image", type=Path, metavar="FILE", help="picture of the first frame")
+    add("--audio", type=Path, metavar="FILE", help="sound that drives the video and goes into it")
+    add("--seconds", type=float, default=5, metavar="S", help="length, 1 to 60 (default: 5)")
+    add("--size", type=_size, default=(448, 256), metavar="WxH", help="first-stage pixels (default: 448x256)")
+    add("--seed", type=int, default=42, metavar="N", help="of all noise (default: 42)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: distill 8, base 32)")
+    add(
+        "--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the published one)"
+    )
+    add(
+        "--sr-size",
+        type=_size,
+        metavar="WxH",
+        help="size after super-resolution (default: keeps the aspect ratio)",
+    )
+    add("--sr-steps", type=int, metavar="N", help="super-resolution steps (default: 5)")
+    add(
+        "--sr-guidance",
+        action="store_true",
+        help="guide super-resolution: two forwards a step instead of one",
+    )
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    _add_components(generate)
+
+    check = _command(
+        commands,
+        "check",
+        "verify a checkpoint: files, keys, shapes, dtypes, memory needed",
+        f"""Reads headers only. Exit code 0 if everything a run as asked for would load is right, else 3.
+
+examples:
+  {PROGRAM} check DIR
+  {PROGRAM} check DIR --sr 1080p --json""",
+    )
+    check.add_argument("folder", type=Path, metavar="DIR", help="folder of distill/, turbo_vae/ and the rest")
+    _add_components(check)
+
+    synth = _command(
+        commands,
+        "synth",
+        "write a checkpoint with random weights in the published layout",
+        f"""What a model with random weights makes is noise; loading, shapes, speed and memory are real.
+
+examples:
+  {PROGRAM} synth DIR
+  {PROGRAM} synth DIR --size full --models distill,540p""",
+    )
+    synth.add_argument("folder", type=Path, metavar="DIR", help="folder to write, new or empty")
+    sizes = ("tiny", "small", "full")
+    synth.add_argument(
+        "--size", choices=sizes, default="tiny", help="full: the published sizes (default: tiny)"
+    )
+    synth.add_argument(
+        "--models", type=_models, default=["distill"], metavar="NAMES", help="default: distill"
+    )
+    synth.add_argument("--seed", type=int, default=0, metavar="N", help="of all weights (default: 0)")
+    synth.add_argument("--force", action="store_true", help="write although the folder is not empty")
+
+    _command(
+        commands,
+        "info",
+        "what this machine has and which path runs on it",
+        f"example:\n  {PROGRAM} info --json",
+    )
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary, epilog=epilog
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
+    loudness = command.add_mutually_exclusive_group()
+    loudness.add_argument("--quiet", action="store_true", help="no progress, no tables, no warnings")
+    loudness.add_argument("--verbose", action="store_true", help="log what is loaded; show tracebacks")
+    command.set_defaults(command=name)
+    return command
+
+
+def _add_components(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--variant", choices=[*VARIANTS], default="distill", help="first-stage model (default: distill)")
+    add("--sr", choices=[*SUPER_RESOLUTIONS], help="super-resolution model (default: none)")
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the models (default: bf16)")
+    add(
+        "--text-encoder",
+        type=Path,
+        metavar="DIR",
+        help=f"default: {config.TEXT_ENCODER_FOLDER} below the model",
+    )
+    add("--image-vae", type=Path, metavar="DIR", help=f"default: {config.IMAGE_VAE_FOLDER} below the model")
+    add("--audio-vae", type=Path, metavar="DIR", help=f"default: {config.AUDIO_VAE_FOLDER} below the model")

@@ -1,0 +1,303 @@
+"""What the shell commands do: each takes parsed arguments and answers with values and text; none prints its result."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import media
+from .checkpoint_check import CheckReport, check_checkpoint
+from .config import IMAGE_VAE_FOLDER, SUPER_RESOLUTIONS, VARIANTS
+from .environment import available_memory, cuda_devices, describe_machine
+from .errors import InputError, OutputError
+from .pipeline import MagiHumanPipeline
+from .request import check_request, load_driving_audio
+from .synthetic import write_checkpoint
+from .synthetic.disk_size import checkpoint_bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say: as plain values for `--json`, as text otherwise, and its exit code."""
+
+    values: dict[str, Any]
+    text: str
+    code: int = 0
+
+
+class Progress:
+    """Progress bars on stderr: one after the other, named by what they count."""
+
+    def __init__(self, hidden: bool, unit: str = "it") -> None:
+        self._disable = True if hidden else None  # None: shown on a terminal
+        self._unit, self._label = unit, ""
+        self._bar: Any = None
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None or label != self._label or done < self._bar.n:
+            self.close()
+            scale = {"unit": self._unit, "unit_scale": self._unit == "B", "unit_divisor": 1024}
+            self._bar = tqdm(total=total, desc=label, disable=self._disable, file=sys.stderr, **scale)
+            self._label = label
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def generate(args: argparse.Namespace) -> Answer:
+    """Make a video; everything that can be refused is refused before the model is loaded."""
+    output = media.check_output_path(args.output)
+    prompt = _prompt(args)
+    request = _checked_request(args)
+    hidden = args.quiet or args.json
+    progress, start = Progress(hidden, unit="B"), time.perf_counter()
+    with contextlib.closing(progress):
+        pipe = MagiHumanPipeline.from_pretrained(
+            args.model,
+            variant=args.variant,
+            sr=args.sr,
+            device=args.device,
+            precision=args.precision,
+            text_encoder=args.text_encoder,
+            image_vae=args.image_vae,
+            audio_vae=args.audio_vae,
+            on_load=progress,
+        )
+    load_seconds = time.perf_counter() - start
+    with contextlib.closing(Progress(hidden)) as progress:
+        result = pipe(prompt, on_step=progress, **request)
+    start = time.perf_counter()
+    result.save(output)
+    timings = {stage: seconds for stage, seconds in result.timings.items() if stage != "total"}
+    timings["save"] = time.perf_counter() - start
+    timings["total"] = result.timings["total"] + timings["save"]
+
+    frames, height, width = result.frames.shape[:3]
+    audio_seconds = len(result.audio) / result.sample_rate
+    values = {
+        "output": str(output),
+        "frames": frames,
+        "width": width,
+        "height": height,
+        "fps": result.fps,
+        "audio_seconds": round(audio_seconds, 3),
+        "sample_rate": result.sample_rate,
+        "seed": result.seed,
+        "device": str(pipe.device),
+        "precision": args.precision,
+        "variant": args.variant,
+        "sr": args.sr,
+        "load_seconds": round(load_seconds, 3),
+        "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
+    }
+    if args.quiet:
+        return Answer(values, "")
+    clip = f"{frames} frames of {width}x{height} at {result.fps} fps, {audio_seconds:.2f} s of sound"
+    text = f"wrote {output}: {clip}, seed {result.seed}\n\n" + timing_table(timings, load_seconds)
+    return Answer(values, text)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    prompt: str | None = args.prompt
+    if prompt is None:
+        try:
+            from_stdin = str(args.prompt_file) == "-"
+            prompt = (
+                sys.stdin.read() if from_stdin else args.prompt_file.read_text(encoding="utf-8")
+            ).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"prompt file {args.prompt_file}: cannot be read: {error}") from error
+    for name, text in (("prompt", prompt), ("negative prompt", args.negative_prompt)):
+        if text is not None and not text.strip():
+            raise InputError(f"{name}: expected text, got {text!r}")
+    return prompt
+
+
+def _checked_request(args: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments, checked as it would check them, so that what it tells of them is told once: now."""
+    sr = None if args.sr is None else SUPER_RESOLUTIONS[args.sr]
+    if sr is None and (args.sr_size or args.sr_steps is not None or args.sr_guidance):
+        raise InputError("--sr-size, --sr-steps and --sr-guidance need --sr 540p or --sr 1080p")
+    sizes = (args.seconds, *args.size, args.seed, args.steps, args.sr_steps, args.sr_size)
+    request = check_request(VARIANTS[args.variant], sr, *sizes)
+    found: dict[str, Any] = {
+        "seconds": args.seconds,
+        "width": request.size[0],
+        "height": request.size[1],
+        "seed": args.seed,
+        "steps": request.steps,
+        "negative_prompt": args.negative_prompt,
+    }
+    if sr is not None:
+        found |= {"sr_steps": request.sr_steps, "sr_guidance": args.sr_guidance, "sr_size": request.sr_size}
+    if args.image is not None:
+        if args.image_vae is None and not (args.model / IMAGE_VAE_FOLDER).exists():
+            raise InputError(
+                f"--image needs the image VAE: expected {args.model / IMAGE_VAE_FOLDER}, or --image-vae DIR"
+            )
+        found["image"] = media.load_image(args.image)
+    if args.audio is not None:
+        waveform = load_driving_audio(args.audio, args.seconds)
+        assert waveform is not None
+        found["audio"] = waveform
+        found["seconds"] = waveform.shape[1] / media.DRIVING_SAMPLE_RATE
+    return found
+
+
+def timing_table(timings: dict[str, float], load_seconds: float | None = None) -> str:
+    """Seconds and share of every stage, "total" last."""
+    total = timings["total"]
+    rows = [] if load_seconds is None else [("load", f"{load_seconds:.2f}", "")]
+    rows += [
+        (stage, f"{seconds:.2f}", f"{100 * seconds / total:.0f} %") for stage, seconds in timings.items()
+    ]
+    return _table(("stage", "seconds", "share"), rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns two spaces apart; the first is left-aligned, the others right-aligned."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    power = min(int(math.log(count, 1024)) if count >= 1 else 0, 4)
+    return f"{count / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def check(args: argparse.Namespace) -> Answer:
+    """Verify a checkpoint; exit code 3 unless all that a run as asked for loads is right."""
+    report = check_checkpoint(
+        args.folder,
+        variant=args.variant,
+        sr=args.sr,
+        precision=args.precision,
+        text_encoder=args.text_encoder,
+        image_vae=args.image_vae,
+        audio_vae=args.audio_vae,
+    )
+    return Answer(report.to_dict(), _check_text(report, args.precision, args.quiet), 0 if report.ok else 3)
+
+
+def _check_text(report: CheckReport, precision: str, quiet: bool) -> str:
+    lines = []
+    for c in report.components:
+        facts = f"{c.tensors} tensors, {_bytes(c.disk_bytes)} on disk, {_bytes(c.memory_bytes)} in memory"
+        status = "MISSING" if c.required and not c.found else c.status
+        lines.append(
+            f"{status:<7} {c.name:<13}"
+            + (facts if c.tensors else f"not needed: {c.path}" if not c.required else str(c.path))
+        )
+        lines += [f"          - {problem}" for problem in c.problems]
+        lines += [f"          {note}" for note in c.notes]
+    if report.memory and not quiet:
+        rows = [
+            (
+                memory.preset,
+                "x".join(map(str, memory.size)),
+                str(memory.tokens),
+                *map(
+                    _bytes,
+                    (memory.weight_bytes, memory.denoise_bytes, memory.decode_bytes, memory.total_bytes),
+                ),
+            )
+            for memory in report.memory
+        ]
+        header = ("preset", "size", "tokens", "weights", "denoising", "decoding", "needed")
+        lines += [
+            "",
+            f"memory for 5 seconds in {precision}, estimated (weights and the larger of the two stages):",
+        ]
+        lines += [_table(header, rows)]
+        lines += [f"{memory.preset}: {memory.note}" for memory in report.memory if memory.note]
+        here = [f"{_bytes(d['memory_bytes'])} on {d['device']} ({d['name']})" for d in cuda_devices()]
+        lines.append("here: " + ", ".join([*here, f"{_bytes(available_memory())} available to the CPU"]))
+    verdict = "ok: everything needed is there" if report.ok else "not usable: see the components above"
+    return "\n".join([*lines, "", verdict])
+
+
+def synth(args: argparse.Namespace) -> Answer:
+    """Write a checkpoint of random weights, if there is room for it."""
+    folder: Path = args.folder
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: expected a folder, found a file")
+    if folder.is_dir() and any(folder.iterdir()) and not args.force:
+        raise OutputError(
+            f"{folder}: expected an empty folder, found files; --force writes among and over them"
+        )
+    needed = checkpoint_bytes(args.size, args.models)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OutputError(f"{folder}: expected {_bytes(needed)} of free disk, found {_bytes(free)}")
+    if not args.quiet:
+        print(f"writing {_bytes(needed)} of RANDOM weights to {folder}", file=sys.stderr)
+    with contextlib.closing(Progress(args.quiet or args.json, unit="file")) as progress:
+        write_checkpoint(
+            folder,
+            size=args.size,
+            models=args.models,
+            seed=args.seed,
+            on_file=lambda _, done, total: progress("write", done, total),
+        )
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    values = {
+        "folder": str(folder),
+        "size": args.size,
+        "models": args.models,
+        "seed": args.seed,
+        "bytes": written,
+    }
+    text = f"wrote {_bytes(written)} to {folder}. The weights are random: pictures and sound made with them are noise."
+    return Answer(values, "" if args.quiet else text)
+
+
+def info(args: argparse.Namespace) -> Answer:
+    """Tell what this machine has and which path runs on it."""
+    machine = describe_machine()
+    cpu, cuda = machine["cpu"], machine["cuda"]
+    threads = f"{cpu['cores']} cores, torch uses {cpu['torch_threads']} threads"
+    bf16 = ", ".join(cpu["bf16_instructions"]) or "none: bfloat16 is emulated"
+    rows = [
+        ("magihuman_fast", machine["magihuman_fast"]),
+        ("runs", f"{machine['path']['name']}; {machine['path']['reason']}"),
+        ("Python", f"{machine['python']} on {machine['system']}"),
+        ("CPU", f"{cpu['name']}: {threads}; bfloat16 instructions: {bf16}"),
+        ("memory", f"{_bytes(cpu['memory_bytes'])}, {_bytes(cpu['available_bytes'])} available"),
+        ("CUDA", f"torch built with {cuda['torch_built_with'] or 'none'}, driver {cuda['driver'] or 'none'}"),
+    ]
+    for d in cuda["devices"]:
+        bf16 = "bfloat16" if d["bf16"] else "no bfloat16"
+        rows.append(
+            (
+                d["device"],
+                f"{d['name']}: sm_{d['compute_capability'].replace('.', '')}, {_bytes(d['memory_bytes'])}, {bf16}",
+            )
+        )
+    if not cuda["devices"]:
+        rows.append(("GPU", "none that torch can use"))
+    rows.append(("libraries", ", ".join(f"{n} {v or 'MISSING'}" for n, v in machine["libraries"].items())))
+    rows.append(("codecs", ", ".join(f"{n} {'yes' if ok else 'NO'}" for n, ok in machine["codecs"].items())))
+    return Answer(machine, "\n".join(f"{name:<15} {value}" for name, value in rows))

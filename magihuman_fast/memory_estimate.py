@@ -1,0 +1,130 @@
+"""Memory that the reference path needs, estimated from a model's sizes: weights, and the peak of what it computes.
+
+The estimates name the tensors that live at the peak; what allocators, cuBLAS, cuDNN or oneDNN add is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import (
+    MAX_TEXT_TOKENS,
+    SIZE_STEP,
+    SUPER_RESOLUTIONS,
+    VAE_STRIDE,
+    VAE_TIME_STRIDE,
+    DiTConfig,
+    audio_latents,
+    latent_frames,
+    super_resolution_size,
+)
+from .turbo_vae_config import TurboVAEConfig
+
+PRESET_SECONDS = 5
+PRESET_SIZE = (448, 256)  # width, height of the first stage
+
+
+@dataclass(frozen=True)
+class Model:
+    """A diffusion model as it counts here: its sizes and the bytes of its weights in memory."""
+
+    config: DiTConfig
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class PresetMemory:
+    """Memory that one preset of 5 s needs: all weights stay resident, activations are those of the largest stage."""
+
+    preset: str
+    size: tuple[int, int]  # width, height in pixels
+    tokens: int  # of the largest stage, with the longest prompt
+    weight_bytes: int
+    denoise_bytes: int
+    decode_bytes: int
+    note: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + max(self.denoise_bytes, self.decode_bytes)
+
+
+def activation_bytes(config: DiTConfig, tokens: int, itemsize: int = 2) -> int:
+    """Peak memory of one forward of the reference path, beyond the weights.
+
+    Counted per token: the float32 residual stream (4h) and rotary row, and the larger of
+    - attention, while queries are normed and rotated: the normed input, the fused projection and three float32 copies
+      of the queries, `itemsize (h + qkvg) + 12h`. The attention itself needs less: there is no L x L matrix.
+    - MLP, within the activation: the normed input, and of SwiGLU7 `2W` projected values and two float32 tensors of
+      width W, `itemsize (h + 2W) + 8W`; of GELU7 `W` values, a float32 tensor and the result, `itemsize (h + 2W) + 4W`.
+
+    `itemsize` is that of the layer linears: 2 for bfloat16, 4 for float32.
+    """
+    h = config.hidden_size
+    mlp = max(
+        (2 * itemsize + (4 if config.is_gelu(i) else 8)) * config.intermediate(i)
+        for i in range(config.num_layers)
+    )
+    attention = itemsize * config.qkvg_rows + 12 * h
+    return tokens * (4 * h + 4 * config.rotary_dim + itemsize * h + max(attention, mlp))
+
+
+def decode_bytes(config: TurboVAEConfig, size: tuple[int, int], frames: int, itemsize: int = 2) -> int:
+    """Peak memory of decoding `frames` latent frames to `size` (width, height), beyond the weights.
+
+    That is the norm within a resnet at the largest feature map of a window: its input, the map before the norm, the
+    normed map in float32 and its rounded copy; or, of a narrow decoder, the last convolution's result, its copy with
+    the patches undone, and two float32 pictures. All finished frames are added.
+    """
+    width, height = size
+    # A window has one latent frame of context on either side where there is one.
+    voxels = min(frames, max(config.first_chunk_size + 1, config.step_size + 2)) * (width // VAE_STRIDE)
+    voxels *= height // VAE_STRIDE
+    largest = config.mid_channels * voxels
+    for block in config.up_blocks:
+        largest = max(largest, block.in_channels * voxels)
+        voxels *= (2 if block.upsample_time else 1) * (4 if block.upsample_space else 1)
+        largest = max(largest, block.out_channels * voxels)
+    window = max((3 * itemsize + 4) * largest, (2 * itemsize + 8) * config.conv_out_channels * voxels)
+    return window + 3 * width * height * (VAE_TIME_STRIDE * (frames - 1) + 1)
+
+
+def preset_memory(
+    first_stage: Model,
+    super_resolution: dict[str, Model],
+    turbo_vae: TurboVAEConfig,
+    other_bytes: int,
+    itemsize: int = 2,
+) -> list[PresetMemory]:
+    """Memory of the first stage alone ("256p") and with each super-resolution model, by the name of its preset.
+
+    A super-resolution model that is not given counts as large as the first stage's. `other_bytes` are the weights of
+    all other components; `itemsize` is that of the layer linears and of the decoder's activations.
+    """
+    audio = audio_latents(PRESET_SECONDS)
+    frames = latent_frames(audio)
+
+    def tokens(size: tuple[int, int]) -> int:
+        return frames * (size[0] // SIZE_STEP) * (size[1] // SIZE_STEP) + audio + MAX_TEXT_TOKENS
+
+    denoise = activation_bytes(first_stage.config, tokens(PRESET_SIZE), itemsize)
+    decode = decode_bytes(turbo_vae, PRESET_SIZE, frames, itemsize)
+    weights = first_stage.weight_bytes + other_bytes
+    presets = [PresetMemory("256p", PRESET_SIZE, tokens(PRESET_SIZE), weights, denoise, decode)]
+    for name, sr in SUPER_RESOLUTIONS.items():
+        model = super_resolution.get(name, first_stage)
+        size = super_resolution_size(*PRESET_SIZE, sr)
+        presets.append(
+            PresetMemory(
+                name,
+                size,
+                tokens(size),
+                weights + model.weight_bytes,
+                max(denoise, activation_bytes(model.config, tokens(size), itemsize)),
+                decode_bytes(turbo_vae, size, frames, itemsize),
+                ""
+                if name in super_resolution
+                else f"{sr.folder} not there: counted as large as the first stage",
+            )
+        )
+    return presets

@@ -1,26 +1,31 @@
-"""magihuman_fast: daVinci-MagiHuman, from a prompt to a video of a speaking person with sound."""
+"""magihuman_fast: daVinci-MagiHuman, from a prompt to a video of a speaking person with sound.
+
+Importing the package is instant and changes nothing; its parts, and torch with them, are imported on first use.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import sampler
-from .config import DiTConfig
 from .errors import Cancelled, CheckpointError, InputError, MagiHumanError, OutputError
-from .reference.dit import DiT
 
 if TYPE_CHECKING:
+    from . import sampler
     from .audio_vae import AudioVAE
+    from .config import DiTConfig
     from .image_encoder import ImageEncoder
     from .pipeline import GenerationResult, MagiHumanPipeline
+    from .reference.dit import DiT
     from .reference.turbo_vae import TurboVAE
     from .text_encoder import TextEncoder
 
 __version__ = "0.1.0"
 
-_LAZY = {
+_MODULES = {
     "AudioVAE": "audio_vae",
+    "DiT": "reference.dit",
+    "DiTConfig": "config",
     "GenerationResult": "pipeline",
     "ImageEncoder": "image_encoder",
     "MagiHumanPipeline": "pipeline",
@@ -47,7 +52,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heavier parts on first use."""
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name == "sampler":
+        return import_module(".sampler", __name__)
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from .audio_vae_config import SAMPLES_PER_LATENT, Architecture, diffusers_architecture, published_architecture
 from .config import AUDIO_CHANNELS, FPS, SAMPLE_RATE
+from .conv_precision import conv_precision
 from .diffusers_vae import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    conv_precision,
     copy_weight,
     fill,
     find_diffusers_folder,

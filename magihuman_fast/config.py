@@ -42,7 +42,8 @@ class DiTConfig:
     enable_attn_gating: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "head_dim", "num_query_groups"):
+        counts = ("num_layers", "hidden_size", "head_dim", "num_query_groups")
+        for name in (*counts, "video_in_channels", "audio_in_channels", "text_in_channels"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(f"DiT config: {name} must be a positive integer, got {value!r}")
@@ -57,13 +58,15 @@ class DiTConfig:
                 f"DiT config: {self.num_q_heads} query heads do not divide into "
                 f"num_query_groups {self.num_query_groups}"
             )
-        for name in ("mm_layers", "local_attn_layers", "gelu7_layers"):
-            layers = tuple(getattr(self, name))
+        for name in ("mm_layers", "local_attn_layers", "gelu7_layers", "post_norm_layers"):
+            layers = getattr(self, name)
+            if not isinstance(layers, (tuple, list)):
+                raise CheckpointError(f"DiT config: {name} must be a list of layers, got {layers!r}")
+            layers = tuple(layers)
             object.__setattr__(self, name, layers)
             bad = [i for i in layers if not isinstance(i, int) or not 0 <= i < self.num_layers]
             if bad:
                 raise CheckpointError(f"DiT config: {name} names {bad}, expected 0..{self.num_layers - 1}")
-        object.__setattr__(self, "post_norm_layers", tuple(self.post_norm_layers))
         if self.post_norm_layers or not self.enable_attn_gating:
             raise CheckpointError(
                 "DiT config: post_norm_layers must be empty and enable_attn_gating true, as in the published "

@@ -1,9 +1,8 @@
-"""What the two autoencoders taken from diffusers share: their files, filling them with weights, and precision."""
+"""What the two autoencoders taken from diffusers share: their files, and filling them with weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError
+from .weights import check_dense
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -53,16 +53,8 @@ def copy_weight(
     """Copy a checkpoint tensor to `device` and `dtype`; an integer one is a `CheckpointError`."""
     if not tensor.is_floating_point():
         raise CheckpointError(f"{where}: {name}: expected floating point, got {tensor.dtype}")
+    check_dense(name, tensor, where)
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{where}: {name}: expected finite values, got NaN or infinity")
     # A copy even where nothing changes: a view would keep the mapped file open for the life of the model.
     return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-
-
-@contextmanager
-def conv_precision(device: torch.device, allow_tf32: bool) -> Iterator[None]:
-    """Run cuDNN's convolutions reproducibly, and in full float32 unless TF32 is allowed."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=allow_tf32):
-        yield

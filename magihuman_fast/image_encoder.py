@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from .config import LATENT_CHANNELS, VAE_STRIDE
+from .conv_precision import conv_precision
 from .diffusers_vae import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_config,
-    conv_precision,
     copy_weight,
     fill,
     find_diffusers_folder,
@@ -95,7 +95,7 @@ def preprocess_image(image: Image | np.ndarray, width: int, height: int) -> torc
     for name, value in (("width", width), ("height", height)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % VAE_STRIDE:
             raise InputError(f"image {name} must be a positive multiple of {VAE_STRIDE}, got {value!r}")
-    upright = _rgb(image)
+    upright = to_rgb(image)
     w, h = upright.size
     # Cross-multiplied as integers: no rounding decides which side is cut.
     new_w, new_h = (w, w * height // width) if h * width > w * height else (h * width // height, h)
@@ -109,7 +109,12 @@ def preprocess_image(image: Image | np.ndarray, width: int, height: int) -> torc
     return (2.0 * (pixels / 255.0) - 1.0).contiguous()
 
 
-def _rgb(image: object) -> Image:
+def to_rgb(image: object) -> Image:
+    """Any PIL image, turned upright by its EXIF orientation, or uint8 (H, W, 3), as RGB; alpha is dropped.
+
+    Raises:
+        InputError: not an image, empty, unreadable, or of a mode without a fixed range.
+    """
     from PIL import Image, ImageOps
 
     if isinstance(image, np.ndarray):

@@ -17,6 +17,7 @@ import torch
 
 from .config import FPS, SAMPLE_RATE
 from .errors import InputError, MagiHumanError, OutputError
+from .image_encoder import to_rgb
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -42,17 +43,17 @@ def load_image(path: PathLike) -> PIL.Image.Image:
     Raises:
         InputError: no such file, not an image of a known format, truncated, or over 89 million pixels.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     path = _require_input(path, "image")
     try:
         with Image.open(path, formats=_IMAGE_FORMATS) as image:
             if image.width * image.height > _MAX_IMAGE_PIXELS:
                 size = f"{image.width}x{image.height}"
-                raise InputError(f"image {path}: expected at most {_MAX_IMAGE_PIXELS} pixels, got {size}")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except InputError:
-        raise
+                raise InputError(f"expected at most {_MAX_IMAGE_PIXELS} pixels, got {size}")
+            return to_rgb(image)
+    except InputError as error:
+        raise InputError(f"image {path}: {error}") from error
     except UnidentifiedImageError as error:
         raise InputError(f"image {path}: expected one of {', '.join(_IMAGE_FORMATS)}: {error}") from error
     except Exception as error:  # damaged files: OSError, SyntaxError, struct.error and others

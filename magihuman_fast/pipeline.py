@@ -97,12 +97,12 @@ class _Stages:
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU; anything else is checked to exist."""
+    """The device a name stands for: "auto" is the current CUDA device, else the CPU; others must exist."""
     if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}") from error
     if resolved.type not in ("cpu", "cuda"):
         raise InputError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}")
@@ -110,7 +110,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         count = torch.cuda.device_count()
         if (resolved.index or 0) >= count:
             raise InputError(f"device: {device!r} not found; this machine has {count} CUDA devices")
-        resolved = torch.device("cuda", resolved.index or 0)
+        resolved = torch.device(
+            "cuda", torch.cuda.current_device() if resolved.index is None else resolved.index
+        )
     return resolved
 
 
@@ -177,7 +179,7 @@ class MagiHumanPipeline:
         sr_chosen: SuperResolution | None = None if sr is None else _choose("sr", sr, SUPER_RESOLUTIONS)
         dtype: torch.dtype = _choose("precision", precision, PRECISIONS)
         target = resolve_device(device)
-        if not root.is_dir():
+        if not os.path.isdir(root):  # unlike Path.is_dir, also False for a name that no file system takes
             raise CheckpointError(f"{root}: expected the checkpoint's root folder, found no folder")
 
         checkpoints = {chosen.folder: open_checkpoint(root / chosen.folder)}
@@ -264,9 +266,13 @@ class MagiHumanPipeline:
             InputError: a value out of range, an unreadable image or sound. Raised before anything is computed.
             Cancelled: `cancel` was set.
         """
+        if sr_guidance and self.sr is None:
+            raise InputError("sr_guidance: this pipeline was loaded without sr=")
         request = check_request(self.variant, self.sr, seconds, width, height, seed, steps, sr_steps, sr_size)
         null_prompt = load_negative_prompt() if negative_prompt is None else negative_prompt
-        guided = self.variant.guided or (self.sr is not None and sr_guidance)
+        guided = self.variant.guided or sr_guidance
+        if negative_prompt is not None and not guided:
+            log.warning("the negative prompt is not used: neither the model nor super-resolution is guided")
         for name, value in (("prompt", prompt), ("negative_prompt", null_prompt if guided else "-")):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{name}: expected text, got {value!r}")

@@ -70,6 +70,11 @@ def check_request(
     target = size
     if sr is not None:
         target = config.super_resolution_size(*size, sr) if sr_size is None else _snapped("sr_size", sr_size)
+        if max(target) > config.MAX_SIDE or target[0] < size[0] or target[1] < size[1]:
+            raise InputError(
+                f"size: super-resolution makes {target[0]}x{target[1]} of {size[0]}x{size[1]}; expected no side "
+                f"smaller than before and none over {config.MAX_SIDE}"
+            )
     request = Request(
         size=size,
         sr_size=target,
@@ -92,7 +97,10 @@ def load_driving_audio(
     if isinstance(audio, (str, os.PathLike)):
         waveform = media.load_audio(audio, seconds=seconds)
     else:
-        waveform = torch.as_tensor(audio)
+        try:
+            waveform = torch.as_tensor(audio)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"audio: expected a file, an array or a tensor: {error}") from error
         if waveform.ndim != 2 or waveform.shape[0] != 2 or not waveform.is_floating_point():
             raise InputError(
                 f"audio: expected float (2, n) at {rate} Hz, got {tuple(waveform.shape)} {waveform.dtype}"

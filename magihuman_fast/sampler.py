@@ -7,7 +7,7 @@ step only has to read a row of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import expm1, inf, log
 
@@ -150,8 +150,11 @@ def renoise(
     x: torch.Tensor, velocity: torch.Tensor, noise: torch.Tensor, sigma: float, sigma_next: float
 ) -> torch.Tensor:
     """One distilled step: predict the clean latent at `sigma`, then noise it afresh to `sigma_next`."""
-    if noise.shape != x.shape:
-        raise InputError(f"noise: expected shape {tuple(x.shape)}, got {tuple(noise.shape)}")
+    if noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
+        raise InputError(
+            f"noise: expected shape {tuple(x.shape)}, {x.dtype}, on {x.device}; "
+            f"got {tuple(noise.shape)}, {noise.dtype}, on {noise.device}"
+        )
     return sigma_next * noise + (1 - sigma_next) * (x - sigma * velocity)
 
 
@@ -241,7 +244,7 @@ def zero_snr_sigmas() -> np.ndarray:
 def prepare_super_resolution(
     video: torch.Tensor,
     audio: torch.Tensor,
-    size: tuple[int, ...],
+    size: Sequence[int],
     *,
     video_noise: torch.Tensor,
     audio_noise: torch.Tensor,
@@ -253,9 +256,10 @@ def prepare_super_resolution(
         size: latent size to reach, (H, W) or (T, H, W).
         video_noise: (48, T, H, W). audio_noise: (Na, 64).
     """
-    grid = (video.shape[1], *size[-2:])
-    if len(size) not in (2, 3) or (len(size) == 3 and size[0] != grid[0]):
-        raise InputError(f"size: expected latent (H, W), or (T, H, W) with T = {grid[0]}, got {tuple(size)}")
+    frames = video.shape[1]
+    if not isinstance(size, Sequence) or len(size) not in (2, 3) or (len(size) == 3 and size[0] != frames):
+        raise InputError(f"size: expected latent (H, W), or (T, H, W) with T = {frames}, got {size!r}")
+    grid = (frames, *size[-2:])
     for name, noise, shape in (
         ("video", video_noise, (video.shape[0], *grid)),
         ("audio", audio_noise, audio.shape),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "model.encoder."
 _CACHED_PROMPTS = 16
+_LOGIT_CAP = 50.0  # of the attention logits, tanh-shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,7 @@ class TextEncoder:
         self._max_positions: int = model.encoder.config.max_position_embeddings
         self._tokenizer, self._model = tokenizer, model
         self._cache: OrderedDict[str, TextEmbedding] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -79,7 +82,7 @@ class TextEncoder:
             if not entry.dtype.is_floating_point:
                 raise CheckpointError(f"{entry.file}: {name} expected floating point, got {entry.dtype}")
         state = {
-            name.removeprefix("model."): tensor.to(device=device, dtype=dtype)
+            name.removeprefix("model."): tensor.to(device=device, dtype=dtype, copy=True)
             for name, tensor in checkpoint.tensors(expected)
         }
         model.load_state_dict(state, assign=True)
@@ -98,13 +101,15 @@ class TextEncoder:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"prompt: expected text, got {prompt!r}")
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
+        with self._lock:
+            if prompt in self._cache:
+                self._cache.move_to_end(prompt)
+                return self._cache[prompt]
         embedding = self._encode(prompt)
-        self._cache[prompt] = embedding
-        if len(self._cache) > _CACHED_PROMPTS:
-            self._cache.popitem(last=False)
+        with self._lock:
+            self._cache[prompt] = embedding
+            if len(self._cache) > _CACHED_PROMPTS:
+                self._cache.popitem(last=False)
         return embedding
 
     def _encode(self, prompt: str) -> TextEmbedding:
@@ -136,9 +141,13 @@ def _meta_model(config_file: Path, values: Any) -> Any:
         config = T5GemmaConfig.from_dict(dict(values), is_encoder_decoder=False)
         with torch.device("meta"):
             # Eager is the implementation that caps the attention logits.
-            return AutoModelForTextEncoding.from_config(config, attn_implementation="eager")
+            model = AutoModelForTextEncoding.from_config(config, attn_implementation="eager")
     except Exception as error:  # the library validates piecemeal: any exception type can come of a bad value
         raise CheckpointError(f"{config_file}: expected a T5Gemma config: {error!r}") from error
+    cap = model.encoder.config.attn_logit_softcapping
+    if cap != _LOGIT_CAP:
+        raise CheckpointError(f"{config_file}: expected attn_logit_softcapping {_LOGIT_CAP}, got {cap}")
+    return model
 
 
 def _load_tokenizer(folder: Path, *, vocab_size: int) -> Any:

@@ -38,6 +38,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MAX_NAME = 250  # bytes of a shard's name: file systems end at 255
 _MAX_NAMED = 5  # keys listed in an error before "and N more"
 
 
@@ -71,6 +72,15 @@ def shapes_of(state_dict: Mapping[str, torch.Tensor], where: object) -> dict[str
     return {name: tuple(value.shape) for name, value in state_dict.items()}
 
 
+def check_dense(name: str, tensor: torch.Tensor, where: object) -> None:
+    """Refuse a stored tensor that is larger than its file says: sparse, without data, or one value repeated."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "no data" if tensor.is_meta else str(tensor.layout)
+        raise CheckpointError(f"{where}: {name}: expected a dense tensor, got {kind}")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        raise CheckpointError(f"{where}: {name}: expected a value for each element, got fewer")
+
+
 def require_file(path: Path) -> Path:
     """Return `path` if it is a file, else raise `CheckpointError` listing what the folder holds."""
     if not path.is_file():
@@ -92,7 +102,9 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file; unreadable or invalid content is a `CheckpointError` naming the file."""
     try:
         return json.loads(require_file(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8, JSON and numbers are all ValueErrors
         raise CheckpointError(f"{path}: expected JSON: {error}") from error
 
 
@@ -186,7 +198,10 @@ def _zst_stream(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_exactly(stream: IO[bytes], count: int, file: Path) -> bytearray:
-    data = bytearray(count)
+    try:
+        data = bytearray(count)
+    except (MemoryError, OverflowError) as error:
+        raise CheckpointError(f"{file}: a tensor of {count} bytes does not fit in memory") from error
     view, done = memoryview(data), 0
     while done < count:
         got = stream.readinto(view[done:])  # type: ignore[attr-defined]  # both readers have it
@@ -232,6 +247,8 @@ def _zst_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tens
                     torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
                 )
                 yield name, tensor.reshape(entry.shape)
+        if stream.read(1):
+            raise CheckpointError(f"{file}: expected nothing after the last tensor, got more data")
 
 
 def _header(file: Path) -> dict[str, TensorEntry]:
@@ -252,8 +269,10 @@ def _header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _shard_path(folder: Path, name: object, index: Path) -> Path:
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise CheckpointError(f"{index}: shard {name!r} is outside the folder; expected a plain file name")
+    if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME:
+        raise CheckpointError(f"{index}: shard {name[:40]!r}... has a name that is too long")
     plain = folder / name
     packed = folder / f"{name}.zst"
     return packed if packed.is_file() and not plain.is_file() else plain

@@ -125,6 +125,8 @@ def test_bad_calls_are_named() -> None:
     dit = build(golden, torch.bfloat16)
     with pytest.raises(InputError, match=r"frame_window: expected None or an integer of at least 0, got -1"):
         dit.velocity(*inputs(golden), coords="v1", frame_window=-1)
+    with pytest.raises(InputError, match=r"frame_window: expected None or an integer of at least 0, got 1.5"):
+        dit.velocity(*inputs(golden), coords="v1", frame_window=1.5)
     config = DiTConfig.from_dict(golden.json("arch"))
     with pytest.raises(
         InputError, match=r"DiT dtype: expected torch.bfloat16 or torch.float32, got torch.float16"
@@ -144,6 +146,10 @@ def test_bad_calls_are_named() -> None:
         ({"num_query_groups": 3}, "do not divide into num_query_groups 3"),
         ({"hidden_size": 100}, "hidden_size 100 is not a multiple of head_dim 128"),
         ({"mm_layers": [40]}, r"mm_layers names \[40\], expected 0..39"),
+        ({"mm_layers": 3}, r"mm_layers must be a list of layers, got 3"),
+        ({"gelu7_layers": None}, r"gelu7_layers must be a list of layers, got None"),
+        ({"text_in_channels": -1}, r"text_in_channels must be a positive integer, got -1"),
+        ({"video_in_channels": "x"}, r"video_in_channels must be a positive integer, got 'x'"),
         ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
         ({"windows": 3}, r"unknown fields \['windows'\]"),
     ],

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cases import GOLDEN, draw_weights, load_golden
-from magihuman_fast.diffusers_vae import conv_precision
+from magihuman_fast.conv_precision import conv_precision
 from magihuman_fast.errors import CheckpointError, InputError, OutputError
 from magihuman_fast.image_encoder import ImageEncoder, preprocess_image
 from magihuman_fast.latent_statistics import LATENT_MEAN, LATENT_STD
@@ -375,3 +375,31 @@ def test_synthetic_names_the_folder_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file"):
         write_image_vae(tmp_path / "file" / "vae")
+
+
+def test_overlapping_threads_restore_the_callers_settings() -> None:
+    cudnn = torch.backends.cudnn
+    before = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    first, second = (conv_precision(torch.device("cuda"), allow_tf32=False) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert cudnn.deterministic
+    second.__exit__(None, None, None)
+    assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == before
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1).expand(16, 12, 3, 3, 3), "expected a value for each element"),
+        (torch.zeros(16, 12, 3, 3, 3, device="meta"), "expected a dense tensor, got no data"),
+        (torch.full((16, 12, 3, 3, 3), float("nan")), "expected finite values"),
+    ],
+)
+def test_tensors_that_are_not_weights(tmp_path: Path, tensor: torch.Tensor, message: str) -> None:
+    write_image_vae(tmp_path)
+    state_dict = torch.load(tmp_path / FILE, weights_only=True)
+    state_dict["encoder.conv1.weight"] = tensor
+    with pytest.raises(CheckpointError, match=message):
+        ImageEncoder.from_state_dict(state_dict)

@@ -417,3 +417,17 @@ class TestPreviews:
         before = matplotlib.rcParams._get("backend")
         media.write_waveform_plot(tmp_path / "a.png", stereo(0.1))
         assert matplotlib.rcParams._get("backend") == before
+
+
+def test_sixteen_bit_greyscale_keeps_its_range(tmp_path: Path) -> None:
+    gradient = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(gradient).save(tmp_path / "deep.png")
+    pixels = np.asarray(media.load_image(tmp_path / "deep.png"))
+    assert pixels.shape == (64, 64, 3)
+    assert np.abs(pixels[..., 0].astype(int) - gradient // 257).max() <= 1
+
+
+def test_floating_point_picture_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((64, 64), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(InputError, match=r"float.tiff: image mode 'F' has no fixed range"):
+        media.load_image(tmp_path / "float.tiff")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from PIL import Image
 
 import magihuman_fast
 from magihuman_fast import Cancelled, CheckpointError, InputError, MagiHumanPipeline, OutputError, sampler
-from magihuman_fast.config import SUPER_RESOLUTIONS, super_resolution_size
+from magihuman_fast.config import SUPER_RESOLUTIONS, VARIANTS, super_resolution_size
 from magihuman_fast.media import load_audio, write_video
+from magihuman_fast.request import check_request
 
 SMALL: dict[str, Any] = {"seconds": 1, "width": 64, "height": 64, "steps": 2}
 
@@ -181,6 +183,8 @@ def test_published_sizes() -> None:
         ({"steps": 0}, r"steps: expected an integer from 1 to 1000, got 0"),
         ({"seed": -1}, r"seed: expected an integer from 0"),
         ({"seed": 1.5}, r"seed: expected an integer from 0"),
+        ({"sr_guidance": True}, r"sr_guidance: this pipeline was loaded without sr="),
+        ({"audio": np.array([None, "x"])}, r"audio: expected a file, an array or a tensor"),
         ({"sr_steps": 3}, r"sr_size, sr_steps: this pipeline was loaded without sr="),
         ({"image": "no/such/picture.png"}, r"image no/such/picture.png: expected a file, found nothing"),
         ({"image": np.zeros((4, 4))}, r"image"),
@@ -247,6 +251,7 @@ def test_without_an_image_vae(tiny_checkpoint: Path, tmp_path: Path) -> None:
         ({"variant": "turbo"}, InputError, r"variant: expected one of distill, base, got 'turbo'"),
         ({"sr": "720p"}, InputError, r"sr: expected one of 540p, 1080p, got '720p'"),
         ({"precision": "fp8"}, InputError, r"precision: expected one of bf16, fp32, got 'fp8'"),
+        ({"device": None}, InputError, r"device: expected 'auto', 'cpu' or 'cuda\[:N\]', got None"),
         ({"device": "tpu9"}, InputError, r"device: expected 'auto', 'cpu' or 'cuda\[:N\]', got 'tpu9'"),
         ({"device": "cuda:99"}, InputError, r"device: 'cuda:99' not found"),
     ],
@@ -287,6 +292,33 @@ def test_components_that_do_not_fit(tiny_checkpoint: Path, tmp_path: Path) -> No
     write_text_encoder(tmp_path / "text", hidden=32)
     with pytest.raises(CheckpointError, match=r"reads text encodings of width 64, but .*text gives 32"):
         MagiHumanPipeline.from_pretrained(tiny_checkpoint, device="cpu", text_encoder=tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((4096, 64), r"super-resolution makes 69632x1088 of 4096x64; expected no side .* over 4096"),
+        ((2048, 2048), r"super-resolution makes 1088x1088 of 2048x2048; expected no side smaller"),
+    ],
+)
+def test_super_resolution_sizes_are_bounded(size: tuple[int, int], message: str) -> None:
+    options = (VARIANTS["distill"], SUPER_RESOLUTIONS["1080p"], 5, *size, 0, None, None, None)
+    with pytest.raises(InputError, match=message):
+        check_request(*options)
+
+
+def test_root_beyond_the_file_system(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"found no folder"):
+        MagiHumanPipeline.from_pretrained(tmp_path / ("x" * 300), device="cpu")
+
+
+def test_threads_share_a_pipeline(plain: MagiHumanPipeline) -> None:
+    prompts = [f"Speaker {i} says hello." for i in range(4)]
+    plain.text_encoder._cache.clear()
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda prompt: plain(prompt, **SMALL), prompts))
+    for prompt, result in zip(prompts, together, strict=True):
+        assert np.array_equal(plain(prompt, **SMALL).frames, result.frames)
 
 
 def test_public_names() -> None:

@@ -107,7 +107,7 @@ def test_super_resolution_input() -> None:
         out_video, out_audio = sampler.prepare_super_resolution(video, audio, size, **noises)
         assert rel_err(out_video, golden.batch0("out.video")) <= 1e-5
         assert rel_err(out_audio, golden.batch0("out.audio")) <= 1e-5
-    for size in ((10, 14), (5, 10, 16), (10,)):
+    for size in ((10, 14), (5, 10, 16), (10,), 10):
         with pytest.raises(InputError, match=r"expected"):
             sampler.prepare_super_resolution(video, audio, size, **noises)
 
@@ -243,5 +243,8 @@ def test_latents_are_checked() -> None:
         sampler.sample_distilled(Denoiser(), video.bfloat16(), audio, TEXT, noise=[])
     with pytest.raises(InputError, match=r"audio latent: expected 2 dimensions"):
         sampler.sample_distilled(Denoiser(), video, audio[None], TEXT, noise=[])
+    noise = [(video.double(), audio.double())]
+    with pytest.raises(InputError, match=r"noise: expected .* torch.float32, on cpu; got .* torch.float64"):
+        sampler.sample_distilled(Denoiser(), video, audio, TEXT, steps=1, noise=noise)
     with pytest.raises(InputError, match=r"noise: expected shape \(48, 3, 2, 4\)"):
         sampler.sample_distilled(Denoiser(), video, audio, TEXT, noise=[(video[:, :1], audio)])

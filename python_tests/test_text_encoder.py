@@ -381,3 +381,12 @@ def test_synthetic_encoder_depends_on_its_arguments_only(published: Path, tmp_pa
     other = TextEncoder.from_pretrained(tmp_path / "other").encode(PROMPT).hidden
     assert other.shape[1] == 32
     assert torch.isfinite(other).all()
+
+
+def test_config_without_the_logit_cap_is_refused(tmp_path: Path) -> None:
+    write_text_encoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["encoder"]["attn_logit_softcapping"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"expected attn_logit_softcapping 50.0, got None"):
+        TextEncoder.from_pretrained(tmp_path)

@@ -147,9 +147,7 @@ def test_every_bad_key_is_named_in_one_error() -> None:
     assert "decoder.conv_out.conv.bias is missing, expected (12,)" in message
     assert "decoder.up_blocks.9.surprise is unexpected" in message
     assert "decoder.conv_in.conv.weight: expected shape (16, 48, 3, 3, 3), got (16, 48, 3, 3, 1)" in message
-    assert (
-        "decoder.conv_in.conv.bias: expected dense floating-point values, got torch.int64 on cpu" in message
-    )
+    assert "decoder.conv_in.conv.bias: expected floating-point values, got torch.int64" in message
     assert "conv1.conv.bias: expected a tensor of shape (16,), got str" in message
     assert "decoder.mid_block.resnets.0.conv2.conv.bias is there twice" in message
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cases import GOLDEN
 from magihuman_fast.config import DiTConfig, is_layer_linear
-from magihuman_fast.errors import CheckpointError
+from magihuman_fast.errors import CheckpointError, OutputError
 from magihuman_fast.reference.dit import DiT, infer_config, load_dit
-from magihuman_fast.synthetic import random_dit_tensors, write_dit
+from magihuman_fast.synthetic import files, random_dit_tensors, write_dit
 from magihuman_fast.weights import Checkpoint, TensorEntry, load_torch_file, open_checkpoint, read_json
 
 CONFIG = DiTConfig(
@@ -291,3 +292,72 @@ def test_missing_file_lists_the_folder(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"config.json: expected a file, found only: other.json"):
         read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, '{"a": ' * 100_000])
+def test_json_beyond_the_parser(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json: expected JSON"):
+        read_json(tmp_path / "config.json")
+
+
+def test_shard_name_beyond_the_file_system(folder: Path) -> None:
+    edit_index(folder, **{UP.replace(".", "__"): "x" * 300})
+    with pytest.raises(CheckpointError, match=r"has a name that is too long"):
+        open_checkpoint(folder)
+
+
+def compressed(header: bytes, data: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.compress(len(header).to_bytes(8, "little") + header + data)
+
+
+def test_compressed_tensor_beyond_memory(tmp_path: Path) -> None:
+    count = 10**15
+    header = f'{{"a": {{"dtype": "F32", "shape": [{count}], "data_offsets": [0, {4 * count}]}}}}'.encode()
+    (tmp_path / "model.safetensors.zst").write_bytes(compressed(header, bytes(8)))
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors.zst: a tensor of .* does not fit in memory"
+    ):
+        list(open_checkpoint(tmp_path).tensors())
+
+
+def test_data_after_the_last_compressed_tensor(tmp_path: Path) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+    file = tmp_path / "model.safetensors.zst"
+    file.write_bytes(compressed(header, bytes(8)))
+    assert [name for name, _ in open_checkpoint(tmp_path).tensors()] == ["a"]
+    file.write_bytes(compressed(header, bytes(9)))
+    with pytest.raises(CheckpointError, match=r"expected nothing after the last tensor"):
+        list(open_checkpoint(tmp_path).tensors())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_holds_no_file(tmp_path: Path, stored: torch.dtype) -> None:
+    write_dit(tmp_path, CONFIG, linear_dtype=stored)
+    dit = load_dit(tmp_path)
+    weight = dit.layers[0].qkvg.clone()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    for file in tmp_path.glob("*.safetensors"):
+        half = file.stat().st_size // 2
+        with file.open("r+b") as shard:
+            shard.seek(half)
+            shard.write(bytes(half))
+    assert torch.equal(dit.layers[0].qkvg, weight)
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, **options: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OutputError, match=r"No space left on device"):
+        write_dit(tmp_path, CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_files_are_readable_by_others(folder: Path) -> None:
+    modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    (folder / "plain").write_text("")
+    assert modes == {(folder / "plain").stat().st_mode & 0o777}

@@ -165,7 +165,7 @@ class DiT:
             CheckpointError: missing or unexpected keys, wrong shapes, rotary bands other than the model's.
         """
         check_state_dict(shapes_of(state_dict, "DiT"), config.state_dict_shapes(), "DiT")
-        return cls._from_tensors(config, state_dict.items(), torch.device(device), dtype)
+        return cls._from_tensors(config, state_dict.items(), torch.device(device), dtype, copy=False)
 
     @classmethod
     def from_checkpoint(
@@ -185,7 +185,7 @@ class DiT:
                 if on_tensor is not None:
                     on_tensor(checkpoint.entries[name].nbytes)
 
-        return cls._from_tensors(config, counted(), torch.device(device), dtype)
+        return cls._from_tensors(config, counted(), torch.device(device), dtype, copy=True)
 
     @classmethod
     def _from_tensors(
@@ -194,6 +194,8 @@ class DiT:
         tensors: Iterable[tuple[str, torch.Tensor]],
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        copy: bool,
     ) -> DiT:
         if dtype not in (torch.bfloat16, torch.float32):
             raise InputError(f"DiT dtype: expected torch.bfloat16 or torch.float32, got {dtype}")
@@ -201,8 +203,13 @@ class DiT:
         for name, tensor in tensors:
             if not tensor.is_floating_point():
                 raise CheckpointError(f"DiT: {name} expected a floating-point dtype, got {tensor.dtype}")
-            # Moved before it is cast: the host casts slower than it copies.
-            weights[name] = tensor.to(device).to(dtype if is_layer_linear(name) else torch.float32)
+            target = dtype if is_layer_linear(name) else torch.float32
+            if device.type == "cpu":
+                # A copy of what a file holds, even in its own dtype: a view would change with the file.
+                weights[name] = tensor.to(device, target, copy=copy)
+            else:
+                # Moved before it is cast: the host casts slower than it copies.
+                weights[name] = tensor.to(device).to(target)
         if device.type != "meta":
             bands, expected = weights["adapter.rope.bands"], rope_bands(config, device)
             if not torch.allclose(
@@ -257,7 +264,7 @@ class DiT:
             InputError: an input whose shape, dtype or device does not fit.
         """
         tokens = self.pack(video, audio, text, coords)
-        if frame_window is not None and (isinstance(frame_window, bool) or frame_window < 0):
+        if frame_window is not None and (type(frame_window) is not int or frame_window < 0):
             raise InputError(f"frame_window: expected None or an integer of at least 0, got {frame_window!r}")
         windows = None
         if frame_window is not None and self.config.local_attn_layers:

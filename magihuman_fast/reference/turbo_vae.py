@@ -1,7 +1,6 @@
 """The Turbo VAE decoder in plain PyTorch: normalised video latents to RGB frames (MODEL.md section 8).
 
 Activations are (1, C, T, H, W) in channels-last memory, where the norm over channels is a contiguous reduction.
-On CUDA, float32 convolutions follow `torch.backends.cudnn.allow_tf32`, which stays as the caller set it.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import VAE_STRIDE, VAE_TIME_STRIDE
+from ..conv_precision import conv_precision
 from ..errors import CheckpointError, InputError
 from ..latent_statistics import LATENT_MEAN, LATENT_STD
 from ..turbo_vae_config import TurboVAEConfig
-from ..weights import load_torch_file, read_json
+from ..weights import check_dense, load_torch_file, read_json
 
 CONFIG_NAME = "TurboV3-Wan22-TinyShallow_7_7.json"
 CHECKPOINT_NAME = "checkpoint-340000.ckpt"
@@ -230,7 +230,8 @@ class TurboVAE:
         if window.padding:
             z = torch.cat([z, z[:, :, -1:].expand(-1, -1, window.padding, -1, -1)], dim=2)
         z = (z * self._std + self._mean).to(self.dtype, memory_format=torch.channels_last_3d)
-        video = self._forward(z, window.is_first)
+        with conv_precision(self.device, allow_tf32=False):
+            video = self._forward(z, window.is_first)
         return video[:, window.keep_start : window.keep_stop].float()
 
     def _forward(self, z: Tensor, is_first: bool) -> Tensor:
@@ -338,13 +339,13 @@ def _decoder_tensors(config: TurboVAEConfig, state_dict: Mapping[str, Any]) -> d
         tensor = found[name]
         if not isinstance(tensor, Tensor):
             problems.append(f"{name}: expected a tensor of shape {shape}, got {type(tensor).__name__}")
-        elif tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
-            problems.append(
-                f"{name}: expected dense floating-point values, got {tensor.dtype} on {tensor.device}"
-            )
+        elif not tensor.is_floating_point():
+            problems.append(f"{name}: expected floating-point values, got {tensor.dtype}")
         elif tuple(tensor.shape) != shape:
             problems.append(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if problems:
         more = f"; and {len(problems) - _MAX_NAMES} more" if len(problems) > _MAX_NAMES else ""
         raise CheckpointError(f"Turbo VAE state dict: {'; '.join(problems[:_MAX_NAMES])}{more}")
+    for name in expected:
+        check_dense(name, found[name], "Turbo VAE state dict")
     return {name: found[name] for name in expected}

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..audio_vae import PUBLISHED_CONFIG, PUBLISHED_WEIGHTS, AudioVAE
 from ..config import AUDIO_CHANNELS, SAMPLE_RATE
 from ..errors import OutputError
 from ..media import atomic_output
+from .files import save_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 _PREFIX = "pretransform.model."
@@ -121,8 +120,8 @@ def write_audio_vae(folder: Path | str, *, channels: int = 4, seed: int = 0) -> 
         with atomic_output(folder / PUBLISHED_CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         with atomic_output(folder / PUBLISHED_WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
+            save_tensors(tensors, temporary)
+    except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{folder}: cannot write the audio VAE: {error}") from error

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
-from safetensors.torch import save_file
 
 from ..config import DiTConfig, is_layer_linear
+from ..media import atomic_output
 from ..reference.dit import rope_bands
+from .files import save_tensors
 
 
 def random_dit_tensors(
@@ -63,10 +66,13 @@ def write_dit(
         nonlocal done
         done += 1
         file = f"model-{done:05d}-of-{shards:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
         if compress:
-            _compress(folder / file)
-        weight_map.update(dict.fromkeys(shard, file))
+            file += ".zst"
+        with atomic_output(folder / file) as temporary:
+            save_tensors(shard, temporary)
+            if compress:
+                _compress(temporary)
+        weight_map.update(dict.fromkeys(shard, file.removesuffix(".zst")))
         shard.clear()
         if on_file is not None:
             on_file(file, done, shards)
@@ -80,12 +86,17 @@ def write_dit(
     while done < shards:  # fewer tensors than shards
         flush()
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    with atomic_output(folder / "model.safetensors.index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _compress(file: Path) -> None:
+    """Replace what `file` holds by its zstd-compressed form."""
     import zstandard
 
-    with file.open("rb") as source, file.with_name(file.name + ".zst").open("wb") as target:
-        zstandard.ZstdCompressor(level=1).copy_stream(source, target)
-    file.unlink()
+    with TemporaryFile(dir=file.parent) as plain:
+        with file.open("rb") as source:
+            shutil.copyfileobj(source, plain)
+        plain.seek(0)
+        with file.open("wb") as target:
+            zstandard.ZstdCompressor(level=1).copy_stream(plain, target)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from ..media import atomic_output
+from .files import save_tensors
 
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _WORDS = ("▁the", "▁and", "▁with", "▁woman", "▁man", "▁speaks", "▁says", "▁camera", "▁looks", "▁voice")
@@ -31,7 +33,7 @@ def write_text_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder)
     config = _config(hidden, layers, vocab_size=len(_vocabulary()))
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    _write_json(folder / "config.json", config)
     _write_weights(folder, config, seed, shards)
 
 
@@ -101,13 +103,14 @@ def _write_weights(folder: Path, config: dict[str, Any], seed: int, shards: int)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(parts, start=1):
         shard = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
-        save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+        with atomic_output(folder / shard) as temporary:
+            save_tensors({name: tensors[name] for name in names}, temporary)
         weight_map |= dict.fromkeys(names, shard)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _merges() -> list[tuple[str, str]]:
@@ -147,7 +150,8 @@ def _write_tokenizer(folder: Path) -> None:
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with atomic_output(folder / "tokenizer.json") as temporary:
+        tokenizer.save(str(temporary))
 
     names = {f"{token.strip('<>')}_token": token for token in _SPECIAL}
     config = {
@@ -158,5 +162,10 @@ def _write_tokenizer(folder: Path) -> None:
         "model_max_length": 1000000000000000019884624838656,
         **names,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2), encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "special_tokens_map.json", names)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    with atomic_output(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")

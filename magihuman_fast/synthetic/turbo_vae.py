@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import OutputError
+from ..media import atomic_output
 from ..reference.turbo_vae import CHECKPOINT_NAME, CONFIG_NAME, STATE_DICT_KEY
 from ..turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
 
@@ -49,16 +49,9 @@ def write_turbo_vae(folder: Path, *, config: Mapping[str, Any] | None = None, se
     text = json.dumps(values, indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_aside(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-        _write_aside(folder / CHECKPOINT_NAME, lambda path: torch.save({STATE_DICT_KEY: state_dict}, path))
+        with atomic_output(folder / CONFIG_NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        with atomic_output(folder / CHECKPOINT_NAME) as temporary:
+            torch.save({STATE_DICT_KEY: state_dict}, temporary)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a path it cannot open
         raise OutputError(f"{folder}: cannot write the Turbo VAE: {error}") from error
-
-
-def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

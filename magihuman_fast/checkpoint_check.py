@@ -162,6 +162,10 @@ def _check_dit(
     report.problems += problems
     report.problems += _not_floating(entries)
     report.notes += _describe_dtypes(entries, name)
+    if any(entry.file.suffix == ".zst" for entry in entries.values()):
+        report.notes.append(
+            "compressed shards: only their headers were read, damage further in shows when loading"
+        )
     for key, entry in entries.items():
         itemsize = dtype.itemsize if is_layer_linear(key) else 4
         report.memory_bytes += entry.nbytes // entry.dtype.itemsize * itemsize

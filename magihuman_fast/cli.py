@@ -80,8 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_json:
         print(json.dumps(answer.values))
     elif answer.text:
-        print(answer.text)
+        _print(answer.text)
     return answer.code
+
+
+def _print(text: str, *, to_stderr: bool = False) -> None:
+    """Print, with escapes for what the stream's encoding lacks: a file's name may be anything."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def _fail(error: BaseException, as_json: bool, verbose: bool) -> int:
@@ -95,7 +102,7 @@ def _fail(error: BaseException, as_json: bool, verbose: bool) -> int:
         message = f"unexpected {kind}: {message} (--verbose shows where)"
     if verbose:
         traceback.print_exception(error)
-    print(f"error: {message}", file=sys.stderr)
+    _print(f"error: {message}", to_stderr=True)
     if as_json:
         print(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}))
     return code

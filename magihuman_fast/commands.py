@@ -115,14 +115,19 @@ def _prompt(args: argparse.Namespace) -> str:
     if prompt is None:
         try:
             from_stdin = str(args.prompt_file) == "-"
-            prompt = (
-                sys.stdin.read() if from_stdin else args.prompt_file.read_text(encoding="utf-8")
-            ).strip()
+            if from_stdin and sys.stdin is None:
+                raise InputError("prompt file -: expected text on stdin, got no stdin")
+            prompt = sys.stdin.read() if from_stdin else args.prompt_file.read_text(encoding="utf-8-sig")
+            prompt = prompt.strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"prompt file {args.prompt_file}: cannot be read: {error}") from error
     for name, text in (("prompt", prompt), ("negative prompt", args.negative_prompt)):
         if text is not None and not text.strip():
             raise InputError(f"{name}: expected text, got {text!r}")
+        try:
+            (text or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name}: expected valid Unicode: {error}") from error
     return prompt
 
 

@@ -375,3 +375,44 @@ def test_as_a_module() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
+
+
+def test_prompt_without_stdin(run: Any, request_: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    where = request_.index("--prompt")
+    request_[where : where + 2] = ["--prompt-file", "-"]
+    code, out, err = run(*request_)
+    assert (code, out) == (2, "")
+    assert "expected text on stdin, got no stdin" in err
+
+
+def test_prompt_that_is_no_unicode(run: Any, request_: list[object]) -> None:
+    request_[request_.index("--prompt") + 1] = "half a pair: \ud800"
+    code, out, err = run(*request_)
+    assert (code, out) == (2, "")
+    assert "prompt: expected valid Unicode" in err
+
+
+def test_byte_order_mark_is_no_part_of_the_prompt(
+    run: Any,
+    request_: list[object],
+    loaded: MagiHumanPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "prompt.txt").write_text("A man sings.", encoding="utf-8-sig")
+    where = request_.index("--prompt")
+    request_[where : where + 2] = ["--prompt-file", tmp_path / "prompt.txt"]
+    seen = []
+    encode = loaded.text_encoder.encode
+    monkeypatch.setattr(loaded.text_encoder, "encode", lambda prompt: seen.append(prompt) or encode(prompt))
+    assert run(*request_)[0] == 0
+    assert seen == ["A man sings."]
+
+
+def test_output_name_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    cli._print("wrote vidéo.mp4")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"wrote vid\\xe9o.mp4\n"

@@ -7,15 +7,17 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CMAKE_FILES := CMakeLists.txt $(shell find csrc -name CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench demo clean
+.PHONY: help setup build test lint format bench demo clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup    build .venv: torch, the package (editable) and the developer tools"
-	@echo "make test     set-up, then all checks: ruff, mypy, clang-format, pytest"
+	@echo "make build    set-up, then compile what changed in csrc: simulator, and kernels where there is nvcc"
+	@echo "make test     build, then all checks: ruff, mypy, clang-format, pytest"
 	@echo "make lint     the same checks without pytest"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    set-up, then the benchmarks"
@@ -42,6 +44,13 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# The editable install compiles csrc too; from then on only what changed.
+build: $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.installed $(CXX_FILES) $(CMAKE_FILES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,7 +58,7 @@ lint: setup
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
 # The tests' tensors are small: a second thread waits more than it computes.
-test: lint
+test: lint build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -m "not gpu"
 
 format: setup
@@ -64,5 +73,5 @@ demo: setup
 	$(BIN)/python examples/demo/run.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info magihuman_fast/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

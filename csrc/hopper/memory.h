@@ -69,12 +69,24 @@ HOPPER_INLINE T load_global_streaming(const T* address) {
 #endif
 }
 
+// Words of 8 and 16 bytes are spelt out: left to the compiler, a value that comes from registers one by one is
+// stored word by word.
 template <typename T>
 HOPPER_INLINE void store_global(T* address, T value) {
 #if defined(MAGIHUMAN_SIM)
     sim::store_global(address, value);
 #else
-    *address = value;
+    if constexpr (sizeof(T) == 8) {
+        const auto word = memory_words::reinterpret<uint2>(value);
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(word.x), "r"(word.y) : "memory");
+    } else if constexpr (sizeof(T) == 16) {
+        const auto word = memory_words::reinterpret<uint4>(value);
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word.x), "r"(word.y),
+                     "r"(word.z), "r"(word.w)
+                     : "memory");
+    } else {
+        *address = value;
+    }
 #endif
 }
 

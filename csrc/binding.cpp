@@ -1,0 +1,267 @@
+// The launchers as Python functions: keyword-only, pointers and streams as integers (tensor.data_ptr(),
+// stream.cuda_stream). Checks for users are in magihuman_fast/ops.py. Built twice: as magihuman_fast._C over the
+// kernel library and as magihuman_fast._sim over the simulator.
+#include <pybind11/pybind11.h>
+
+#include "api.h"
+
+#if defined(MAGIHUMAN_SIM)
+#include "sim/instructions.h"
+#endif
+
+namespace py = pybind11;
+using namespace magihuman;
+
+namespace {
+
+using Address = uintptr_t;
+
+// For parameters of any pointer type.
+struct Pointer {
+    Address address;
+    template <typename T>
+    operator T*() const {
+        return reinterpret_cast<T*>(address);
+    }
+};
+
+Pointer at(Address address) { return {address}; }
+
+constexpr auto kWithoutLock = py::call_guard<py::gil_scoped_release>();
+
+void define_products(py::module_& m) {
+#define GEMM_PARAMETERS                                                                 \
+    Address a, int64_t lda, Address w, int64_t ldw, int rows, int n, int k, int groups, \
+        Address modality_offsets, int num_sms
+#define GEMM_STRUCT {at(a), lda, at(w), ldw, rows, n, k, groups, at(modality_offsets), num_sms}
+#define GEMM_NAMES                                                                                         \
+    py::kw_only(), py::arg("a"), py::arg("lda"), py::arg("w"), py::arg("ldw"), py::arg("m"), py::arg("n"), \
+        py::arg("k"), py::arg("groups"), py::arg("modality_offsets"), py::arg("num_sms")
+    m.def(
+        "gemm",
+        [](GEMM_PARAMETERS, Address d, int64_t ldd, Address stream) {
+            launch_gemm({.g = GEMM_STRUCT, .d = at(d), .ldd = ldd}, at(stream));
+        },
+        GEMM_NAMES, py::arg("d"), py::arg("ldd"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "gemm_residual",
+        [](GEMM_PARAMETERS, Address x, int64_t ldx, Address stream) {
+            launch_gemm_residual({.g = GEMM_STRUCT, .x = at(x), .ldx = ldx}, at(stream));
+        },
+        GEMM_NAMES, py::arg("x"), py::arg("ldx"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "gemm_gelu7",
+        [](GEMM_PARAMETERS, Address d, int64_t ldd, Address stream) {
+            launch_gemm_gelu7({.g = GEMM_STRUCT, .d = at(d), .ldd = ldd}, at(stream));
+        },
+        GEMM_NAMES, py::arg("d"), py::arg("ldd"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "gemm_swiglu7",
+        [](GEMM_PARAMETERS, Address d, int64_t ldd, int d_cols, Address stream) {
+            launch_gemm_swiglu7({.g = GEMM_STRUCT, .d = at(d), .ldd = ldd, .d_cols = d_cols}, at(stream));
+        },
+        GEMM_NAMES, py::arg("d"), py::arg("ldd"), py::arg("d_cols"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "gemm_qkv",
+        [](GEMM_PARAMETERS, int num_q_heads, int num_kv_heads, Address q_norm, Address k_norm, Address rope,
+           Address q, Address k_out, Address v, Address gate, Address stream) {
+            launch_gemm_qkv({.g = GEMM_STRUCT,
+                             .num_q_heads = num_q_heads,
+                             .num_kv_heads = num_kv_heads,
+                             .q_norm = at(q_norm),
+                             .k_norm = at(k_norm),
+                             .rope = at(rope),
+                             .q = at(q),
+                             .k = at(k_out),
+                             .v = at(v),
+                             .gate = at(gate)},
+                            at(stream));
+        },
+        GEMM_NAMES, py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("q_norm"), py::arg("k_norm"),
+        py::arg("rope"), py::arg("q"), py::arg("k_out"), py::arg("v"), py::arg("gate"), py::arg("stream"),
+        kWithoutLock);
+#undef GEMM_PARAMETERS
+#undef GEMM_STRUCT
+#undef GEMM_NAMES
+}
+
+void define_rows(py::module_& m) {
+    m.def(
+        "rms_norm",
+        [](Address x, int64_t ldx, Address weight, Address out, int64_t ldout, int rows, int h, int groups,
+           Address modality_offsets, float eps, int num_sms, Address stream) {
+            launch_rms_norm({.x = at(x),
+                             .ldx = ldx,
+                             .weight = at(weight),
+                             .out = at(out),
+                             .ldout = ldout,
+                             .m = rows,
+                             .h = h,
+                             .groups = groups,
+                             .modality_offsets = at(modality_offsets),
+                             .eps = eps,
+                             .num_sms = num_sms},
+                            at(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("ldx"), py::arg("weight"), py::arg("out"), py::arg("ldout"),
+        py::arg("m"), py::arg("h"), py::arg("groups"), py::arg("modality_offsets"), py::arg("eps"),
+        py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "embed",
+        [](Address video, int channels, int frames, int height, int width, Address audio, int audio_rows,
+           int audio_channels, Address text, int text_rows, Address video_weight, Address video_bias,
+           Address audio_weight, Address audio_bias, Address x, int64_t ldx, int rows, int h,
+           Address modality_offsets, int num_sms, Address stream) {
+            launch_embed({.video = at(video),
+                          .grid = {channels, frames, height, width},
+                          .audio = at(audio),
+                          .audio_rows = audio_rows,
+                          .audio_channels = audio_channels,
+                          .text = at(text),
+                          .text_rows = text_rows,
+                          .video_weight = at(video_weight),
+                          .video_bias = at(video_bias),
+                          .audio_weight = at(audio_weight),
+                          .audio_bias = at(audio_bias),
+                          .x = at(x),
+                          .ldx = ldx,
+                          .m = rows,
+                          .h = h,
+                          .modality_offsets = at(modality_offsets),
+                          .num_sms = num_sms},
+                         at(stream));
+        },
+        py::kw_only(), py::arg("video"), py::arg("channels"), py::arg("frames"), py::arg("height"),
+        py::arg("width"), py::arg("audio"), py::arg("audio_rows"), py::arg("audio_channels"), py::arg("text"),
+        py::arg("text_rows"), py::arg("video_weight"), py::arg("video_bias"), py::arg("audio_weight"),
+        py::arg("audio_bias"), py::arg("x"), py::arg("ldx"), py::arg("m"), py::arg("h"),
+        py::arg("modality_offsets"), py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "embed_text",
+        [](Address text, Address weight, Address bias, Address out, int rows, int channels, int h,
+           int num_sms, Address stream) {
+            launch_embed_text({.text = at(text),
+                               .weight = at(weight),
+                               .bias = at(bias),
+                               .out = at(out),
+                               .rows = rows,
+                               .channels = channels,
+                               .h = h,
+                               .num_sms = num_sms},
+                              at(stream));
+        },
+        py::kw_only(), py::arg("text"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("rows"),
+        py::arg("channels"), py::arg("h"), py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "head",
+        [](Address x, int64_t ldx, Address video_norm, Address audio_norm, Address video_weight,
+           Address audio_weight, Address video, int channels, int frames, int height, int width,
+           Address audio, int audio_rows, int audio_channels, int rows, int h, Address modality_offsets,
+           float eps, int num_sms, Address stream) {
+            launch_head({.x = at(x),
+                         .ldx = ldx,
+                         .video_norm = at(video_norm),
+                         .audio_norm = at(audio_norm),
+                         .video_weight = at(video_weight),
+                         .audio_weight = at(audio_weight),
+                         .video = at(video),
+                         .grid = {channels, frames, height, width},
+                         .audio = at(audio),
+                         .audio_rows = audio_rows,
+                         .audio_channels = audio_channels,
+                         .m = rows,
+                         .h = h,
+                         .modality_offsets = at(modality_offsets),
+                         .eps = eps,
+                         .num_sms = num_sms},
+                        at(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("ldx"), py::arg("video_norm"), py::arg("audio_norm"),
+        py::arg("video_weight"), py::arg("audio_weight"), py::arg("video"), py::arg("channels"),
+        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("audio"), py::arg("audio_rows"),
+        py::arg("audio_channels"), py::arg("m"), py::arg("h"), py::arg("modality_offsets"), py::arg("eps"),
+        py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+}
+
+void define_sampler(py::module_& m) {
+    m.def(
+        "renoise_step",
+        [](Address x, Address velocity, Address noise, Address table, Address step, int64_t count, int steps,
+           int num_sms, Address stream) {
+            launch_renoise_step({.x = at(x),
+                                 .velocity = at(velocity),
+                                 .noise = at(noise),
+                                 .table = at(table),
+                                 .step = at(step),
+                                 .count = count,
+                                 .steps = steps,
+                                 .num_sms = num_sms},
+                                at(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("velocity"), py::arg("noise"), py::arg("table"), py::arg("step"),
+        py::arg("count"), py::arg("steps"), py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "clamp_image",
+        [](Address video, Address image, int channels, int frames, int height, int width, int num_sms,
+           Address stream) {
+            launch_clamp_image({.video = at(video),
+                                .image = at(image),
+                                .grid = {channels, frames, height, width},
+                                .num_sms = num_sms},
+                               at(stream));
+        },
+        py::kw_only(), py::arg("video"), py::arg("image"), py::arg("channels"), py::arg("frames"),
+        py::arg("height"), py::arg("width"), py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "unipc_step",
+        [](Address x, Address velocity, Address null_velocity, Address guidance, Address x_last,
+           Address history, Address table, Address step, int64_t count, int64_t frame_size, int frames,
+           int steps, int num_sms, Address stream) {
+            launch_unipc_step({.x = at(x),
+                               .velocity = at(velocity),
+                               .null_velocity = at(null_velocity),
+                               .guidance = at(guidance),
+                               .x_last = at(x_last),
+                               .history = at(history),
+                               .table = at(table),
+                               .step = at(step),
+                               .count = count,
+                               .frame_size = frame_size,
+                               .frames = frames,
+                               .steps = steps,
+                               .num_sms = num_sms},
+                              at(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("velocity"), py::arg("null_velocity"), py::arg("guidance"),
+        py::arg("x_last"), py::arg("history"), py::arg("table"), py::arg("step"), py::arg("count"),
+        py::arg("frame_size"), py::arg("frames"), py::arg("steps"), py::arg("num_sms"), py::arg("stream"),
+        kWithoutLock);
+    m.def(
+        "advance_step", [](Address step, Address stream) { launch_advance_step({at(step)}, at(stream)); },
+        py::kw_only(), py::arg("step"), py::arg("stream"), kWithoutLock);
+}
+
+#if defined(MAGIHUMAN_SIM)
+void define_simulator(py::module_& m) {
+    py::register_exception<sim::Error>(m, "Error", PyExc_RuntimeError);
+    m.def("set_seed", &sim::set_seed, py::arg("seed"), "Chooses the schedule of the next launches.");
+    m.def("set_multiprocessor_count", &sim::set_multiprocessor_count, py::arg("count"));
+    m.def(
+        "register_buffer",
+        [](Address start, size_t bytes, const char* name) { sim::register_global(at(start), bytes, name); },
+        py::arg("start"), py::arg("bytes"), py::arg("name"),
+        "Once any buffer is registered, kernels must stay inside registered ones.");
+    m.def("clear_buffers", &sim::clear_globals);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(MAGIHUMAN_MODULE, m) {
+    define_products(m);
+    define_rows(m);
+    define_sampler(m);
+#if defined(MAGIHUMAN_SIM)
+    define_simulator(m);
+#endif
+}

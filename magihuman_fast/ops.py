@@ -1,0 +1,53 @@
+"""The operations that the kernels compute: every argument checked, then one launch.
+
+All take tensors and return the tensor they wrote. `backend` says what computes: "gpu" the kernels, on a Hopper GPU;
+"sim" the same kernel sources in the simulator, on CPU tensors (development builds only); "reference" plain PyTorch.
+None is "gpu"; nothing falls back silently. Launches allocate nothing when the outputs are given, never wait, and can
+be captured in a CUDA graph.
+
+M is the number of rows a buffer has room for. `modality_offsets`, int32 (4,) on the tensors' device, holds the row
+ranges (0, Nv, Nv + Na, L) of video, audio and text; rows at or beyond L are neither computed nor written. Weights with
+a leading axis of 3 hold one expert per modality, with 1 one for all; offsets may then be None: all rows. Values of
+offsets on a GPU are not looked at.
+
+Raises, everywhere:
+    ValueError: an argument with the wrong dtype, shape, strides, alignment, device or value; names it, with what was
+        expected and what was found. Nothing has been launched then.
+    RuntimeError: the backend is not there, or the launch failed.
+"""
+
+from __future__ import annotations
+
+from .kernel_launch import Backend, gpu_unavailable, simulator
+from .matrix_ops import gemm, gemm_gelu7, gemm_qkv, gemm_residual, gemm_swiglu7
+from .pointwise_ops import (
+    advance_step,
+    clamp_image,
+    embed,
+    embed_text,
+    head,
+    renoise_step,
+    rms_norm,
+    unipc_step,
+)
+from .reference.operations import QkvGate
+
+__all__ = [
+    "Backend",
+    "QkvGate",
+    "advance_step",
+    "clamp_image",
+    "embed",
+    "embed_text",
+    "gemm",
+    "gemm_gelu7",
+    "gemm_qkv",
+    "gemm_residual",
+    "gemm_swiglu7",
+    "gpu_unavailable",
+    "head",
+    "renoise_step",
+    "rms_norm",
+    "simulator",
+    "unipc_step",
+]

@@ -1,0 +1,233 @@
+"""Renders `bench/results/*.json`: a table beside the targets, a plot, and which kernels have changed since.
+
+python bench/report.py                  # table, baselines, and what is out of date
+python bench/report.py --markdown       # only the kernels' table, as the README carries it
+python bench/report.py --plot plot.png  # and a picture of each kernel's share of the measured ceiling
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sources import changed_files, digests, kernel_sources
+from timing import ROOT, Result
+
+RESULTS = ROOT / "bench" / "results"
+NOT_RUN = "not yet run on a GPU"
+FACTS = ("tests", "memcheck", "racecheck", "synccheck")
+UNITS = (" us", " TFLOP/s", " GB/s", "", "")
+HEADER = ("kernel", "shape", "us", "TFLOP/s", "GB/s", "% of measured peak", "x baseline", "target", "run")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel must reach: `value` of its result is at least `at_least`. Patterns match whole names."""
+
+    op: str
+    shape: str
+    value: str  # "speedup", "tflops" or "peak_share"
+    at_least: float
+    baseline: str = ""
+
+    def applies(self, op: str, shape: str) -> bool:
+        return bool(re.fullmatch(self.op, op) and re.fullmatch(self.shape, shape))
+
+    def text(self) -> str:
+        if self.value == "speedup":
+            return f"≥ {self.at_least:g} x {self.baseline}"
+        return (
+            f"≥ {self.at_least:g} TFLOP/s"
+            if self.value == "tflops"
+            else f"≥ {100 * self.at_least:g} % of copy"
+        )
+
+    def met(self, result: Result) -> bool | None:
+        """None where the result lacks the value, or has it beside another baseline."""
+        if self.value == "tflops":
+            return result.flops / result.timing.seconds / 1e12 >= self.at_least
+        if self.value == "speedup":
+            if result.speedup is None or result.baseline != self.baseline:
+                return None
+            return result.speedup >= self.at_least
+        return None if result.peak_share is None else result.peak_share >= self.at_least
+
+
+TARGETS = (
+    Target("gemm", ".*", "speedup", 0.97, "cuBLAS"),
+    Target("gemm", "256p: .*", "tflops", 740),
+    Target("gemm_.*", ".*", "speedup", 1.08, "cuBLAS + compiled epilogue"),
+    Target("rms_norm|embed|head|renoise_step|clamp_image|unipc_step", ".*", "peak_share", 0.85),
+)
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Every record in `folder`, the oldest first; dry runs measure nothing and are left out."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return sorted((r for r in records if not r["dry_run"]), key=lambda r: str(r["machine"]["date"]))
+
+
+def results_of(record: dict[str, Any]) -> list[Result]:
+    return [Result.from_dict({k: v for k, v in entry.items() if k != "part"}) for entry in record["results"]]
+
+
+def latest(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], tuple[Result, dict[str, Any]]]:
+    """The newest result of each kernel and shape on a GPU, with the record it comes from."""
+    found = {}
+    for record in records:
+        for result in results_of(record):
+            if result.variant == "kernel" and result.device != "cpu":
+                found[result.op, result.shape] = (result, record)
+    return found
+
+
+def where(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    commit = (machine["commit"] or "unknown")[:10]
+    return f"{machine['gpu']}, {commit}{' (dirty)' if machine['dirty'] else ''}"
+
+
+def row(result: Result, record: dict[str, Any]) -> tuple[str, ...]:
+    values = result.line().split("): ", 1)[1].split(" | ")[:5]
+    numbers = [
+        value.removesuffix(unit)
+        for value, unit in zip(values, (" us", " TFLOP/s", " GB/s", "", ""), strict=True)
+    ]
+    targets = [target for target in TARGETS if target.applies(result.op, result.shape)]
+    words = {True: "met", False: "missed", None: "not measured"}
+    judged = "; ".join(f"{target.text()}: {words[target.met(result)]}" for target in targets)
+    return (result.op, result.shape, *numbers, judged or "-", where(record))
+
+
+def unmeasured_row(op: str) -> tuple[str, ...]:
+    targets = "; ".join(dict.fromkeys(t.text() for t in TARGETS if re.fullmatch(t.op, op)))
+    return (op, "-", *["-"] * 5, targets or "-", NOT_RUN)
+
+
+def markdown(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def kernel_table(records: Sequence[dict[str, Any]], root: Path = ROOT) -> str:
+    """Every kernel: its newest results, or that it has none."""
+    measured, now = latest(records), digests(root)
+    rows = []
+    for op, files in kernel_sources(root).items():
+        own = []
+        for result, record in (found for (name, _), found in measured.items() if name == op):
+            *cells, run = row(result, record)
+            changed = changed_files(files, record["sources"], now)
+            own.append((*cells, f"{run}; changed since" if changed else run))
+        rows += own or [unmeasured_row(op)]
+    return markdown(rows)
+
+
+def stale(records: Sequence[dict[str, Any]], root: Path = ROOT) -> dict[str, str]:
+    """Kernels whose sources are not those of their last run, or that have none, and why."""
+    now, found = digests(root), {}
+    runs = {op: record for record in records for op, _ in latest([record])}
+    for op, files in kernel_sources(root).items():
+        if op not in runs:
+            found[op] = NOT_RUN
+            continue
+        changed = changed_files(files, runs[op]["sources"], now)
+        if changed:
+            found[op] = f"changed since {where(runs[op])}: {', '.join(changed)}"
+    return found
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One run: parts, ceilings, facts, and one line per result and error."""
+    machine = record["machine"]
+    lines = [f"{where(record)}; torch {machine['torch']}, CUDA {machine['cuda']}, nvcc {machine['nvcc']}"]
+    lines += [f"{entry['part']}: {entry['status']}" for entry in record["parts"] if entry["status"] != "ok"]
+    if record["ceilings"]:
+        first = record["ceilings"][0]
+        copy, product = first["copy_bytes"] / 1e9, first["bf16_flops"] / 1e12
+        lines.append(f"ceilings: copy {copy:.4g} GB/s, bf16 product {product:.4g} TFLOP/s ({first['note']})")
+    for fact in record["facts"]:
+        lines += [f"{key}: {value}" for key, value in fact.items() if key in FACTS]
+    lines += [result.line() for result in results_of(record)]
+    lines += [
+        f"{e['op']}, {e['variant']} ({e['shape']}): {e['error'].splitlines()[0][:160]}"
+        for e in record["errors"]
+    ]
+    if record["dry_run"]:
+        lines.append("dry run: toy sizes on the CPU; nothing here says anything about speed")
+    return "\n".join(lines)
+
+
+def baseline_table(records: Sequence[dict[str, Any]]) -> str:
+    """The newest result of everything that is not a kernel of ours."""
+    found: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    for record in records:
+        for result in results_of(record):
+            if result.variant != "kernel" and result.device != "cpu":
+                op, *rest = row(result, record)
+                found[result.op, result.variant, result.shape] = (
+                    f"{op}, {result.variant}",
+                    *rest[:5],
+                    rest[7],
+                )
+    return markdown(list(found.values()), (*HEADER[:6], HEADER[8]))
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar per kernel and shape: its share of what the run's ceilings allow, and its baseline's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [result for result, _ in latest(records).values()]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.4 * max(1, len(found))))
+    labels = [f"{result.op}\n{result.shape}" for result in found]
+    shares = [100 * (result.peak_share or 0) for result in found]
+    against = [
+        share / result.speedup if result.speedup else 0 for share, result in zip(shares, found, strict=True)
+    ]
+    places = range(len(found))
+    axes.barh([p + 0.2 for p in places], shares, 0.4, label="kernel", color="#2a6f97")
+    axes.barh([p - 0.2 for p in places], against, 0.4, label="its baseline", color="#bbbbbb")
+    axes.set_yticks(list(places), labels, fontsize=6)
+    axes.set_xlabel("% of the ceiling measured in the same run")
+    axes.invert_yaxis()
+    if found:
+        axes.legend(loc="lower right")
+    else:
+        axes.text(0.5, 0.5, f"kernels: {NOT_RUN}", ha="center", transform=axes.transAxes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The measurements in bench/results as a table and a plot.")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    parser.add_argument("--markdown", action="store_true", help="print only the kernels' table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG as well")
+    args = parser.parse_args(argv)
+    records = load(args.results)
+    print(kernel_table(records))
+    if not args.markdown:
+        if any(record["results"] for record in records):
+            print(f"\nBaselines:\n\n{baseline_table(records)}")
+        out_of_date = stale(records)
+        for op, reason in out_of_date.items():
+            print(f"\n{op}: {reason}" if op == next(iter(out_of_date)) else f"{op}: {reason}")
+        if not out_of_date:
+            print("\nEvery kernel's sources are those of its last run.")
+    if args.plot is not None:
+        plot(records, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .ops import gpu_unavailable
+
 LIBRARIES = (
     "torch",
     "numpy",
@@ -39,8 +41,14 @@ class KernelPath:
 
 
 def kernel_path() -> KernelPath:
-    """Which path the models take on this machine."""
-    return KernelPath("reference (PyTorch)", "hand-written Hopper kernels: not built in this version")
+    """Which path the models take on this machine: so far always PyTorch's, whatever the kernels could do."""
+    reason = gpu_unavailable()
+    return KernelPath(
+        "reference (PyTorch)",
+        f"Hopper kernels: {reason}"
+        if reason
+        else "Hopper kernels: ready in magihuman_fast.ops, not used by the models yet",
+    )
 
 
 def library_versions() -> dict[str, str | None]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .kernel_launch import Backend, check_groups, choose_backend, host_ranges, launch, output_or_new
 from .reference import operations as reference
+from .reference.dit import Offsets
 from .reference.operations import QkvGate
 from .tensor_checks import check_tensor, require, row_pitch
 
@@ -31,6 +34,28 @@ def _check_product(op: str, a: torch.Tensor, w: torch.Tensor, offsets: torch.Ten
     }
 
 
+def _product_to_bf16(
+    op: str,
+    on_reference: Callable[[torch.Tensor, torch.Tensor, Offsets, torch.Tensor], None],
+    a: torch.Tensor,
+    w: torch.Tensor,
+    offsets: torch.Tensor | None,
+    out: torch.Tensor | None,
+    num_sms: int,
+    backend: Backend | None,
+) -> torch.Tensor:
+    """A product whose result has its own shape (M, N), bfloat16."""
+    numbers = _check_product(op, a, w, offsets)
+    chosen = choose_backend(op, a, backend)
+    out = output_or_new(f"{op}: out", out, (len(a), w.shape[1]), BF16, a)
+    if chosen == "reference":
+        on_reference(a, w, host_ranges(offsets, len(a)), out)
+    else:
+        tensors = {"a": a, "w": w, "modality_offsets": offsets, "d": out}
+        launch(chosen, op, tensors, **numbers, ldd=row_pitch(out), num_sms=num_sms)
+    return out
+
+
 def gemm(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -41,15 +66,7 @@ def gemm(
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """out = bf16(a wT): a (M, K) and w (1 or 3, N, K) bfloat16, out (M, N) bfloat16."""
-    numbers = _check_product("gemm", a, w, modality_offsets)
-    chosen = choose_backend("gemm", a, backend)
-    out = output_or_new("gemm: out", out, (len(a), w.shape[1]), BF16, a)
-    if chosen == "reference":
-        reference.gemm(a, w, host_ranges(modality_offsets, len(a)), out)
-    else:
-        tensors = {"a": a, "w": w, "modality_offsets": modality_offsets, "d": out}
-        launch(chosen, "gemm", tensors, **numbers, ldd=row_pitch(out), num_sms=num_sms)
-    return out
+    return _product_to_bf16("gemm", reference.gemm, a, w, modality_offsets, out, num_sms, backend)
 
 
 def gemm_residual(
@@ -83,15 +100,7 @@ def gemm_gelu7(
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """out = bf16(gelu7(bf16(a wT))): a (M, K) and w (1 or 3, N, K) bfloat16, out (M, N) bfloat16."""
-    numbers = _check_product("gemm_gelu7", a, w, modality_offsets)
-    chosen = choose_backend("gemm_gelu7", a, backend)
-    out = output_or_new("gemm_gelu7: out", out, (len(a), w.shape[1]), BF16, a)
-    if chosen == "reference":
-        reference.gemm_gelu7(a, w, host_ranges(modality_offsets, len(a)), out)
-    else:
-        tensors = {"a": a, "w": w, "modality_offsets": modality_offsets, "d": out}
-        launch(chosen, "gemm_gelu7", tensors, **numbers, ldd=row_pitch(out), num_sms=num_sms)
-    return out
+    return _product_to_bf16("gemm_gelu7", reference.gemm_gelu7, a, w, modality_offsets, out, num_sms, backend)
 
 
 def gemm_swiglu7(

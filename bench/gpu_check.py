@@ -81,7 +81,9 @@ def run_part(words: Sequence[str], seconds: float, log: Path) -> str:
             # Whatever it has started too: a compiler, a test run. Also when this script itself is interrupted.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(part.pid, signal.SIGKILL)
-            part.wait()
+            # A process stuck in the driver does not die; the record is written all the same.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                part.wait(timeout=10)
     return "ok" if code == 0 else f"exit code {code}"
 
 
@@ -116,6 +118,8 @@ def check(parts: Sequence[str], path: Path, budget: float, dry: bool, commit: st
                 continue
             records, log = Path(folder) / f"{name}.jsonl", Path(folder) / f"{name}.log"
             words = [sys.executable, str(PARTS_SCRIPT), name, str(records), *(["--dry-run"] if dry else [])]
+            entry["status"] = "running"
+            write(path, record)
             began = time.monotonic()
             entry["status"] = run_part(words, min(left, PARTS[name].seconds), log)
             entry["seconds"] = round(time.monotonic() - began, 1)
@@ -145,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from gpu_parts import PARTS, REHEARSAL
 
+    # As an exception, so that the part that runs is ended with this script instead of keeping the GPU busy.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parts = list(REHEARSAL if args.dry_run else PARTS) if args.parts is None else args.parts.split(",")
     unknown = [name for name in parts if name not in PARTS]
     if unknown:

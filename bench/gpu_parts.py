@@ -83,6 +83,7 @@ def time_cases(
         records.result(result)
 
     for case in cases:
+        print(f"{case.op} ({case.shape})", flush=True)  # the last line before a hang
         run_case(case, device, first, emit, records.error, **(QUICK if quick else {}))
     if ceilings is None:
         again = measure_ceilings(device)
@@ -123,7 +124,7 @@ def build(records: Records, dry: bool) -> None:
     modules = {name: find_spec(name) is not None for name in ("pybind11", "cutlass_library", "setuptools")}
     records.add("fact", {"build": tools | modules})
     words = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    code = command(records, words, dry)
+    code = command(records, words, dry, MAGIHUMAN_BUILD_SIM="0")  # the simulator is no use of a GPU's time
     if not dry and not any((ROOT / "magihuman_fast").glob("_C*.so")):
         raise SystemExit(f"the build left no kernel module (exit code {code})")
     if code:
@@ -139,7 +140,10 @@ def gpu_tests(records: Records, dry: bool) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+        # Names first, and few failures: after a hang or an illegal access the last name says which kernel it was,
+        # and every later test in this process would fail for its sake.
+        options = ["-v", "--maxfail=5", "-o", "faulthandler_timeout=30", "-p", "no:cacheprovider"]
+        words = [sys.executable, "-m", "pytest", "-m", "gpu", *options, *files]
         if dry:
             words.append("--collect-only")
         code = command(records, [*words, f"--junitxml={report}"], False)

@@ -10,7 +10,7 @@ from .kernel_launch import Backend, check_groups, choose_backend, host_ranges, l
 from .reference import operations as reference
 from .reference.dit import Offsets
 from .reference.operations import QkvGate
-from .tensor_checks import check_tensor, require, row_pitch
+from .tensor_checks import check_disjoint, check_tensor, require, row_pitch
 
 HEAD_DIM = 128
 ROPE_WIDTH = 96  # 48 sines, then 48 cosines
@@ -48,9 +48,10 @@ def _product_to_bf16(
     numbers = _check_product(op, a, w, offsets)
     chosen = choose_backend(op, a, backend)
     out = output_or_new(f"{op}: out", out, (len(a), w.shape[1]), BF16, a)
+    check_disjoint(f"{op}: out", out, a)
     if chosen == "reference":
         on_reference(a, w, host_ranges(offsets, len(a)), out)
-    else:
+    elif len(a):
         tensors = {"a": a, "w": w, "modality_offsets": offsets, "d": out}
         launch(chosen, op, tensors, **numbers, ldd=row_pitch(out), num_sms=num_sms)
     return out
@@ -84,7 +85,7 @@ def gemm_residual(
     check_tensor("gemm_residual: x", x, (len(a), w.shape[1]), F32, a.device, pitched=True)
     if chosen == "reference":
         reference.gemm_residual(a, w, host_ranges(modality_offsets, len(a)), x)
-    else:
+    elif len(a):
         tensors = {"a": a, "w": w, "modality_offsets": modality_offsets, "x": x}
         launch(chosen, "gemm_residual", tensors, **numbers, ldx=row_pitch(x), num_sms=num_sms)
     return x
@@ -124,9 +125,10 @@ def gemm_swiglu7(
     wider = isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] > width
     columns = out.shape[1] if wider and out is not None else width
     out = output_or_new(f"{op}: out", out, (len(a), columns), BF16, a)
+    check_disjoint(f"{op}: out", out, a)
     if chosen == "reference":
         reference.gemm_swiglu7(a, w, host_ranges(modality_offsets, len(a)), out)
-    else:
+    elif len(a):
         tensors = {"a": a, "w": w, "modality_offsets": modality_offsets, "d": out}
         pitch = row_pitch(out)
         launch(chosen, op, tensors, **numbers, ldd=pitch, d_cols=columns, num_sms=num_sms)
@@ -176,7 +178,7 @@ def gemm_qkv(
     check_tensor(f"{op}: out.gate", out.gate, (len(a), num_q_heads), F32, a.device)
     if chosen == "reference":
         reference.gemm_qkv(a, w, q_norm, k_norm, rope, host_ranges(modality_offsets, len(a)), out)
-    else:
+    elif len(a):
         tensors = {
             "a": a,
             "w": w,

@@ -43,7 +43,7 @@ def rms_norm(
     out = output_or_new(f"{op}: out", out, (rows, h), BF16, x)
     if chosen == "reference":
         reference.rms_norm(x, weight, host_ranges(modality_offsets, rows), out)
-    else:
+    elif rows:
         tensors = {"x": x, "weight": weight, "modality_offsets": modality_offsets, "out": out}
         pitches = {"ldx": row_pitch(x), "ldout": row_pitch(out)}
         launch(chosen, op, tensors, **pitches, m=rows, h=h, groups=groups, eps=NORM_EPS, num_sms=num_sms)
@@ -78,7 +78,7 @@ def embed_text(
     check_tensor(f"{op}: out", out, (rows, h), F32, text.device)
     if chosen == "reference":
         reference.embed_text(text, weight, bias, out)
-    else:
+    elif rows:
         tensors = {"text": text, "weight": weight, "bias": bias, "out": out}
         launch(chosen, op, tensors, rows=rows, channels=channels, h=h, num_sms=num_sms)
     return out

@@ -76,3 +76,15 @@ def check_offsets(where: str, offsets: torch.Tensor, rows: int, device: torch.de
         require(values[0] == 0, where, "to begin with 0", values)
         require(all(a <= b for a, b in pairwise(values)), where, "ascending row numbers", values)
         require(values[3] <= rows, where, f"at most {rows} rows", values)
+
+
+def check_disjoint(where: str, out: torch.Tensor, source: torch.Tensor) -> None:
+    """Refuse an output that shares memory with an input which is still read while it is written."""
+    ends = []
+    for tensor in (out, source):
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        ends.append(
+            (tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize if tensor.numel() else 0)
+        )
+    (start, end), (first, last) = ends
+    require(end <= first or last <= start, where, "memory of its own", "memory that the input a shares")

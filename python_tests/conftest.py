@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from magihuman_fast import ops
 from magihuman_fast.pipeline import MagiHumanPipeline
 from magihuman_fast.synthetic import MODELS, write_checkpoint
 
@@ -22,3 +23,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipe(tiny_checkpoint: Path) -> MagiHumanPipeline:
     """The distilled pipeline with 540p super-resolution on the CPU."""
     return MagiHumanPipeline.from_pretrained(tiny_checkpoint, sr="540p", device="cpu")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a Hopper GPU where there is none, with the reason."""
+    if item.get_closest_marker("gpu") is not None:
+        reason = ops.gpu_unavailable()
+        if reason is not None:
+            pytest.skip(f"the kernels cannot run: {reason}")

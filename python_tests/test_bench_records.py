@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_commit_and_whether_it_is_dirty(tmp_path: Path) -> None:
     assert timing.describe_commit(tmp_path) == {"commit": None, "dirty": None}
     git(tmp_path, "init", "-q")
@@ -187,6 +189,7 @@ def test_every_operation_has_sources() -> None:
     assert not [name for name in found["rms_norm"] if name.startswith("csrc/gemm/")]
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_stale_kernels(tree: Path) -> None:
     git(tree, "init", "-q")
     git(tree, "add", ".")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gemm_cases import KINDS, ROWS_AND_K, check, edge_case, make_problem, run
-from magihuman_fast import ops
 
 pytestmark = pytest.mark.gpu
 
@@ -20,13 +19,6 @@ LAYERS = (
     ("gemm_gelu7", 20480, 5120),
     ("gemm", 7168, 5120),
 )
-
-
-@pytest.fixture(autouse=True)
-def _hopper() -> None:
-    reason = ops.gpu_unavailable()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("index", range(len(ROWS_AND_K)))

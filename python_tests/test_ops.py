@@ -311,3 +311,23 @@ def test_embed_and_head_equal_the_model(model: DiT, tokens: PackedTokens) -> Non
     )
     assert torch.equal(got[0], unpatchify(video_tokens, tokens.grid))
     assert torch.equal(got[1], audio_tokens)
+
+
+@pytest.mark.parametrize("op", [ops.gemm, ops.gemm_gelu7])
+def test_output_over_the_input_is_refused(op: Any) -> None:
+    both = torch.zeros(4, 16, dtype=torch.bfloat16)
+    w = torch.zeros(1, 16, 16, dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"out: expected memory of its own, got memory that the input a shares"
+    ):
+        op(both, w, out=both, backend="sim")
+    op(both[:2], w, out=both[2:], backend="sim")
+
+
+@pytest.mark.parametrize("backend", ["reference", "sim"])
+def test_no_rows_is_no_work(backend: ops.Backend) -> None:
+    a, w = torch.zeros(0, 16, dtype=torch.bfloat16), torch.zeros(1, 16, 16, dtype=torch.bfloat16)
+    assert ops.gemm(a, w, backend=backend).shape == (0, 16)
+    assert ops.gemm_swiglu7(a, w, backend=backend).shape == (0, 8)
+    assert ops.gemm_residual(a, w, torch.zeros(0, 16), backend=backend).shape == (0, 16)
+    assert ops.rms_norm(torch.zeros(0, 16), torch.zeros(1, 16), backend=backend).shape == (0, 16)

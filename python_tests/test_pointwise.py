@@ -31,9 +31,10 @@ def backend(request: pytest.FixtureRequest) -> ops.Backend:
 
 
 @pytest.fixture(autouse=True)
-def two_processors() -> None:
-    """Few, so that blocks take several rows or tiles each."""
-    ops.simulator().set_multiprocessor_count(2)
+def two_processors(request: pytest.FixtureRequest) -> None:
+    """Few in the simulator, so that blocks take several rows or tiles each."""
+    if "backend" not in request.fixturenames or request.getfixturevalue("backend") == "sim":
+        ops.simulator().set_multiprocessor_count(2)
 
 
 def drawn(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -75,6 +76,7 @@ GRIDS = [
     ((6, 3, 4, 12), 8, 64, (0, 2), (5, 5)),
     ((2, 1, 14, 20), 24, 132, (65, 65), (0, 3)),
     ((48, 1, 4, 4), 64, 20, (2, 2), (3, 3)),
+    ((2, 1, 2, 2), 8, 8, (0, 0), (0, 0)),
 ]
 
 
@@ -154,6 +156,7 @@ HEADS = [
     ((6, 3, 4, 12), 8, 64, (0, 2), 0, 12),
     ((2, 1, 14, 20), 68, 40, (65, 65), 3, 12),
     ((48, 1, 2, 4), 64, 5120, (2, 2), 1, 4),
+    ((2, 1, 2, 2), 4, 8, (0, 0), 1, 4),
 ]
 
 

@@ -184,6 +184,7 @@ HOPPER_INLINE void consume(Ring<Config>& ring, float (&d)[kN / 2], int consumer,
         ring.advance();
     }
     wgmma_wait<0>();
+    wgmma_results(d);
     if (Config::kBug != Bug::kEarlyRelease) release(ring, previous);
 }
 

@@ -25,9 +25,12 @@ inline uint32_t multiprocessor_count() {
     return sim::multiprocessor_count();
 #else
     int device = 0, count = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-        throw std::runtime_error("no CUDA device");
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string("no CUDA device to launch on: ") + cudaGetErrorString(error));
     }
     return static_cast<uint32_t>(count);
 #endif

@@ -92,6 +92,16 @@ HOPPER_INLINE void wgmma_wait() {
 #endif
 }
 
+// Ties the accumulators to this point of the program: the compiler does not see that a wait fills them, and
+// might otherwise read them before it.
+template <int kCount>
+HOPPER_INLINE void wgmma_results(float (&d)[kCount]) {
+#if !defined(MAGIHUMAN_SIM)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+
 #if !defined(MAGIHUMAN_SIM)
 
 namespace wgmma_shapes {

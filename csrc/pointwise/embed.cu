@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(product::kThreads, product::kBlocksPerProcesso
     embed_sm90(const __grid_constant__ EmbedParams p) {
     role("tile");
     const ModalityRanges ranges = load_ranges(p.modality_offsets, p.m);
-    const int video_rows = min(ranges.first_audio, token_count(p.grid));
-    const int audio_rows = min(ranges.first_text - ranges.first_audio, p.audio_rows);
+    const int video_rows = min(min(ranges.first_audio, ranges.rows), token_count(p.grid));
+    const int audio_rows = min(min(ranges.first_text, ranges.rows) - ranges.first_audio, p.audio_rows);
     const int text_rows = min(ranges.rows - ranges.first_text, p.text_rows);
     const int columns = (p.h + product::kTile - 1) / product::kTile;
     const int video_tiles = (video_rows + product::kTile - 1) / product::kTile * columns;
@@ -133,8 +133,9 @@ void launch_embed(const EmbedParams& p, Stream stream) {
                   "a multiple of 8, at least 8", p.audio_channels);
     check.require(p.text_rows >= 0, "text_rows", "at least 0", p.text_rows);
     check.require_pointer(p.video, "video", 8);
-    check.require_pointer(p.audio, "audio", 16);
-    check.require_pointer(p.text, "text", 16);
+    // A tensor without rows has no address.
+    if (p.audio_rows > 0) check.require_pointer(p.audio, "audio", 16);
+    if (p.text_rows > 0) check.require_pointer(p.text, "text", 16);
     check.require_pointer(p.video_weight, "video_weight", 16);
     check.require_pointer(p.video_bias, "video_bias", 16);
     check.require_pointer(p.audio_weight, "audio_weight", 16);

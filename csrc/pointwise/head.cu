@@ -128,7 +128,8 @@ void launch_head(const HeadParams& p, Stream stream) {
     check.require_pointer(p.video_weight, "video_weight", 16);
     check.require_pointer(p.audio_weight, "audio_weight", 16);
     check.require_pointer(p.video, "video", 4);
-    check.require_pointer(p.audio, "audio", 16);
+    // A tensor without rows has no address.
+    if (p.audio_rows > 0) check.require_pointer(p.audio, "audio", 16);
     check.require_pointer(p.modality_offsets, "modality_offsets", 4);
     if (p.m == 0) return;
     const int64_t row_blocks = int64_t{p.m} / product::kTile + 2;

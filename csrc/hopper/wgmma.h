@@ -95,7 +95,7 @@ HOPPER_INLINE void wgmma_wait() {
 // Ties the accumulators to this point of the program: the compiler does not see that a wait fills them, and
 // might otherwise read them before it.
 template <int kCount>
-HOPPER_INLINE void wgmma_results(float (&d)[kCount]) {
+HOPPER_INLINE void wgmma_results([[maybe_unused]] float (&d)[kCount]) {
 #if !defined(MAGIHUMAN_SIM)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");

@@ -36,12 +36,14 @@ $(VENV)/.torch:
 	@$(PIP_INSTALL) $(TORCH) || { echo "error: pip cannot install '$(TORCH)' for $$($(PYTHON) --version) (its own message is above); choose another interpreter (PYTHON=...) or another torch, 2.11 or later (TORCH=torch==...)" >&2; exit 1; }
 	@touch $@
 
+# By path (compat), not by import hook: a hook would lose to the clone's own folder where that lies beside a script.
 # No build isolation: an isolated build would fetch its own requirements again, and later a second torch. They are listed
 # once, in pyproject.toml.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' >$(VENV)/build-requires.txt
 	$(PIP_INSTALL) --requirement $(VENV)/build-requires.txt
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@echo "set-up: installing the package and compiling csrc; some minutes, once"
+	$(PIP_INSTALL) --no-build-isolation --config-settings editable_mode=compat --editable '.[dev]'
 	@touch $@
 
 # The editable install compiles csrc too; from then on only what changed.

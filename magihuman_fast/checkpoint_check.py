@@ -236,7 +236,7 @@ def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], set[str], list[st
             continue
         files = [file for file in (path / shard, path / f"{shard}.zst") if file.is_file()]
         if not files:
-            problems.append(f"{shard}: missing, {len(claimed)} tensors are in it")
+            problems.append(f"{shard}: missing; tensors in it: {len(claimed)}")
             promised |= claimed
             continue
         try:
@@ -297,7 +297,7 @@ def _check_text_encoder(path: Path, dtype: torch.dtype) -> tuple[ComponentReport
     try:
         entries = open_checkpoint(path, prefix="model.encoder.").entries if report.found else {}
         files += sorted({entry.file for entry in entries.values()})
-        report.notes += _describe_dtypes(entries, "")[:1]
+        report.notes += _describe_dtypes(entries, "")[: 1 if entries else 0]
     except CheckpointError as error:
         report.problems.append(str(error))
     encoder = _load_on_meta(

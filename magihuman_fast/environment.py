@@ -42,13 +42,9 @@ class KernelPath:
 
 def kernel_path() -> KernelPath:
     """Which path the models take on this machine: so far always PyTorch's, whatever the kernels could do."""
-    reason = gpu_unavailable()
-    return KernelPath(
-        "reference (PyTorch)",
-        f"Hopper kernels: {reason}"
-        if reason
-        else "Hopper kernels: ready in magihuman_fast.ops, not used by the models yet",
-    )
+    state = gpu_unavailable() or "ready in magihuman_fast.ops, not used by the models yet"
+    compiled = "" if state.startswith("kernels not compiled") else "compiled; "
+    return KernelPath("reference (PyTorch)", f"Hopper kernels: {compiled}{state}")
 
 
 def library_versions() -> dict[str, str | None]:

@@ -56,13 +56,13 @@ def activation_bytes(config: DiTConfig, tokens: int, itemsize: int = 2) -> int:
     - attention, while queries are normed and rotated: the normed input, the fused projection and three float32 copies
       of the queries, `itemsize (h + qkvg) + 12h`. The attention itself needs less: there is no L x L matrix.
     - MLP, within the activation: the normed input, and of SwiGLU7 `2W` projected values and two float32 tensors of
-      width W, `itemsize (h + 2W) + 8W`; of GELU7 `W` values, a float32 tensor and the result, `itemsize (h + 2W) + 4W`.
+      width W, `itemsize (h + 2W) + 8W`; of GELU7 `W` values, a float32 tensor and its rounded copy, `itemsize h + 8W`.
 
     `itemsize` is that of the layer linears: 2 for bfloat16, 4 for float32.
     """
     h = config.hidden_size
     mlp = max(
-        (2 * itemsize + (4 if config.is_gelu(i) else 8)) * config.intermediate(i)
+        (8 if config.is_gelu(i) else 2 * itemsize + 8) * config.intermediate(i)
         for i in range(config.num_layers)
     )
     attention = itemsize * config.qkvg_rows + 12 * h

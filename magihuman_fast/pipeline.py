@@ -284,7 +284,9 @@ class MagiHumanPipeline:
         generator = torch.Generator(self.device).manual_seed(seed)
         with stages.timed("text"):
             text = self.text_encoder.encode(prompt).hidden
-            null_text = self.text_encoder.encode(null_prompt).hidden if guided else None
+            null_text = (
+                self.text_encoder.encode(null_prompt, name="negative prompt").hidden if guided else None
+            )
             if self.sr is not None and min(len(t) for t in (text, null_text) if t is not None) < 2:
                 raise InputError("prompt: super-resolution needs at least 2 text tokens, got 1")
 

@@ -95,7 +95,7 @@ def load_driving_audio(
         return None
     rate = media.DRIVING_SAMPLE_RATE
     if isinstance(audio, (str, os.PathLike)):
-        waveform = media.load_audio(audio, seconds=seconds)
+        waveform = media.load_audio(audio, seconds=seconds + 0.1)  # enough to see that there is more
     else:
         try:
             waveform = torch.as_tensor(audio)
@@ -105,13 +105,17 @@ def load_driving_audio(
             raise InputError(
                 f"audio: expected float (2, n) at {rate} Hz, got {tuple(waveform.shape)} {waveform.dtype}"
             )
-        waveform = waveform.float()[:, : round(seconds * rate)]
+        waveform = waveform.float()
+    limit = round(seconds * rate)
+    if waveform.shape[1] > limit:
+        log.warning("the driving sound is longer than %g s and is cut there", seconds)
+    elif waveform.shape[1] < limit:
+        log.info("the driving sound is %.2f s long and sets the clip's length", waveform.shape[1] / rate)
+    waveform = waveform[:, :limit]
     if waveform.shape[1] < rate * config.MIN_SECONDS:
         raise InputError(
             f"audio: expected at least {config.MIN_SECONDS:g} s, got {waveform.shape[1] / rate:.2f} s"
         )
     if not torch.isfinite(waveform).all():
         raise InputError("audio: expected finite samples, got NaN or infinity")
-    if waveform.shape[1] < round(seconds * rate):
-        log.warning("the driving sound is %.2f s long and sets the clip's length", waveform.shape[1] / rate)
     return waveform

@@ -93,39 +93,41 @@ class TextEncoder:
         return cls(folder, tokenizer, model)
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> TextEmbedding:
+    def encode(self, prompt: str, *, name: str = "prompt") -> TextEmbedding:
         """Encode one prompt, without padding or truncation; of the result the first 640 rows are kept.
+
+        `name` is what messages call it.
 
         Raises:
             InputError: the prompt is empty, not valid text, or longer than the encoder's positions.
         """
         if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"prompt: expected text, got {prompt!r}")
+            raise InputError(f"{name}: expected text, got {prompt!r}")
         with self._lock:
             if prompt in self._cache:
                 self._cache.move_to_end(prompt)
                 return self._cache[prompt]
-        embedding = self._encode(prompt)
+        embedding = self._encode(prompt, name)
         with self._lock:
             self._cache[prompt] = embedding
             if len(self._cache) > _CACHED_PROMPTS:
                 self._cache.popitem(last=False)
         return embedding
 
-    def _encode(self, prompt: str) -> TextEmbedding:
+    def _encode(self, prompt: str, name: str) -> TextEmbedding:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"prompt: expected valid Unicode text: {error}") from error
+            raise InputError(f"{name}: expected valid Unicode text: {error}") from error
         ids = self._tokenizer(prompt, padding=False, truncation=False, verbose=False)["input_ids"]
         if len(ids) > self._max_positions:
-            raise InputError(f"prompt: expected at most {self._max_positions} tokens, got {len(ids)}")
+            raise InputError(f"{name}: expected at most {self._max_positions} tokens, got {len(ids)}")
         input_ids = torch.tensor([ids], device=next(self._model.parameters()).device)
         # Given explicitly: left out, transformers would mask a token spelled "<pad>" in the prompt.
         mask = torch.ones_like(input_ids)
         hidden = self._model(input_ids=input_ids, attention_mask=mask).last_hidden_state[0]
         if len(ids) > MAX_TEXT_TOKENS:
-            logger.warning("prompt has %d tokens; only the first %d are used", len(ids), MAX_TEXT_TOKENS)
+            logger.warning("%s has %d tokens; only the first %d are used", name, len(ids), MAX_TEXT_TOKENS)
         hidden = hidden[:MAX_TEXT_TOKENS].to(torch.float16).to(torch.float32)
         return TextEmbedding(hidden, hidden.shape[0])
 

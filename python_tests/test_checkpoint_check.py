@@ -134,8 +134,16 @@ def test_missing_and_truncated_shards_are_all_named(root: Path) -> None:
     assert [
         p for p in found if "model-00008-of-00013.safetensors" in p and "expected a safetensors file" in p
     ]
-    # Keys in shards that cannot be read are not counted a second time.
     assert len(found) == 3
+
+
+def test_tensors_of_a_missing_shard_are_not_named_again(root: Path) -> None:
+    folder = root / "distill"
+    rewrite(folder, PROJ, lambda t: t.pop(PROJ))
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"][PROJ] = "lost.safetensors"
+    (folder / INDEX).write_text(json.dumps(content))
+    assert problems(root) == ["lost.safetensors: missing; tensors in it: 1"]
 
 
 def test_wrong_shapes_missing_and_unexpected_keys_are_all_named(root: Path) -> None:
@@ -311,21 +319,22 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("gelu7_layers", [(0, 1), ()], ids=["GELU7", "SwiGLU7"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_activation_estimate(dtype: torch.dtype) -> None:
+def test_activation_estimate(dtype: torch.dtype, gelu7_layers: tuple[int, ...]) -> None:
     config = DiTConfig(
         num_layers=2,
         hidden_size=256,
         num_query_groups=1,
         text_in_channels=64,
         mm_layers=(0,),
-        gelu7_layers=(0,),
+        gelu7_layers=gelu7_layers,
     )
     dit = DiT.from_state_dict(config, dict(random_dit_tensors(config)), dtype=dtype)
     inputs = torch.randn(48, 8, 16, 16), torch.randn(60, 64), torch.randn(28, 64)
     with PeakMemory() as memory:
         dit.velocity(*inputs)
-    assert 0.9 < memory.peak / activation_bytes(config, 8 * 64 + 88, dtype.itemsize) < 1.1
+    assert 0.85 < memory.peak / activation_bytes(config, 8 * 64 + 88, dtype.itemsize) < 1.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

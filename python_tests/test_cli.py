@@ -85,7 +85,7 @@ def test_generate_from_files(run: Any, tiny_checkpoint: Path, tmp_path: Path) ->
     inputs += ["--size", "96x64", "--steps", 1, "--seed", 3, "--device", "cpu"]
     output = tmp_path / "out.mp4"
     code, out, err = run("generate", "--model", tiny_checkpoint, *inputs, "--output", output, "--json")
-    assert (code, err) == (0, "warning: the driving sound is 1.50 s long and sets the clip's length\n")
+    assert (code, err) == (0, "")
     values = json.loads(out)
     assert out.count("\n") == 1
     expected = {"output": str(output), "frames": 37, "width": 96, "height": 64, "fps": 25, "seed": 3}
@@ -360,7 +360,8 @@ def test_full_size_is_the_published_one() -> None:
 def test_info(run: Any) -> None:
     code, out, err = run("info")
     assert (code, err) == (0, "")
-    assert f"Hopper kernels: {ops.gpu_unavailable()}" in out
+    assert "Hopper kernels: " in out
+    assert str(ops.gpu_unavailable()) in out
     assert f"torch {torch.__version__}" in out
     code, out, _ = run("info", "--json")
     machine = json.loads(out)
@@ -405,7 +406,9 @@ def test_byte_order_mark_is_no_part_of_the_prompt(
     request_[where : where + 2] = ["--prompt-file", tmp_path / "prompt.txt"]
     seen = []
     encode = loaded.text_encoder.encode
-    monkeypatch.setattr(loaded.text_encoder, "encode", lambda prompt: seen.append(prompt) or encode(prompt))
+    monkeypatch.setattr(
+        loaded.text_encoder, "encode", lambda prompt, **_: seen.append(prompt) or encode(prompt)
+    )
     assert run(*request_)[0] == 0
     assert seen == ["A man sings."]
 

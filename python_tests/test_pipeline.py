@@ -126,6 +126,16 @@ def test_driving_audio_sets_length_and_stays_fixed(plain: MagiHumanPipeline, tmp
     assert np.array_equal(plain("He speaks.", audio=tone(2), **(options | {"steps": 1})).audio, result.audio)
 
 
+def test_driving_audio_that_is_cut_is_said(
+    plain: MagiHumanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="magihuman_fast"):
+        plain("He speaks.", audio=tone(1), **(SMALL | {"steps": 1}))
+        assert not caplog.records
+        plain("He speaks.", audio=tone(1.5), **(SMALL | {"steps": 1}))
+    assert "the driving sound is longer than 1 s and is cut there" in caplog.text
+
+
 def test_progress_and_cancel(plain: MagiHumanPipeline) -> None:
     seen: list[tuple[str, int, int]] = []
     event = threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import shutil
 import sys
@@ -16,12 +17,14 @@ from typing import Any
 from . import media
 from .checkpoint_check import CheckReport, check_checkpoint
 from .config import IMAGE_VAE_FOLDER, SUPER_RESOLUTIONS, VARIANTS
-from .environment import available_memory, cuda_devices, describe_machine
+from .environment import available_memory, cpu_bf16_instructions, cuda_devices, describe_machine
 from .errors import InputError, OutputError
-from .pipeline import MagiHumanPipeline
+from .pipeline import MagiHumanPipeline, resolve_device
 from .request import check_request, load_driving_audio
 from .synthetic import write_checkpoint
 from .synthetic.disk_size import checkpoint_bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def generate(args: argparse.Namespace) -> Answer:
     output = media.check_output_path(args.output)
     prompt = _prompt(args)
     request = _checked_request(args)
+    if args.precision == "bf16" and resolve_device(args.device).type == "cpu" and not cpu_bf16_instructions():
+        log.warning("this CPU has no bfloat16 instructions: --precision fp32 is many times faster here")
     hidden = args.quiet or args.json
     progress, start = Progress(hidden, unit="B"), time.perf_counter()
     with contextlib.closing(progress):

@@ -75,8 +75,11 @@ def request_(tiny_checkpoint: Path, tmp_path: Path) -> list[object]:
     return ["generate", "--model", tiny_checkpoint, "--prompt", "A woman speaks.", *output, *small]
 
 
-def test_generate_from_files(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_generate_from_files(
+    run: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing replaced: prompt, picture and sound from files, the model from its folder, one JSON object out."""
+    monkeypatch.setattr(commands, "cpu_bf16_instructions", lambda: ["avx512_bf16"])
     (tmp_path / "prompt.txt").write_text("A woman speaks.\n", encoding="utf-8")
     Image.fromarray(np.full((80, 90, 3), 128, np.uint8)).save(tmp_path / "face.png")
     soundfile.write(tmp_path / "speech.wav", np.random.default_rng(0).normal(0, 0.1, 24000), 16000)
@@ -117,6 +120,16 @@ def test_quiet(run: Any, loaded: object, request_: list[object]) -> None:
     assert (code, out) == (0, "")
     assert "warning" not in err
     assert not logging.getLogger("magihuman_fast").handlers
+
+
+def test_slow_precision_is_told(
+    run: Any, loaded: object, request_: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "cpu_bf16_instructions", lambda: [])
+    assert "--precision fp32 is many times faster" in run(*request_, "--device", "cpu")[2]
+    assert "--precision" not in run(*request_, "--device", "cpu", "--precision", "fp32")[2]
+    monkeypatch.setattr(commands, "cpu_bf16_instructions", lambda: ["amx_bf16"])
+    assert "--precision" not in run(*request_, "--device", "cpu")[2]
 
 
 def test_progress_bars_on_a_terminal(
@@ -368,6 +381,14 @@ def test_info(run: Any) -> None:
     assert machine["cpu"]["cores"] >= 1
     assert machine["codecs"] == {"libx264": True, "aac": True}
     assert len(machine["cuda"]["devices"]) == torch.cuda.device_count()
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    probe = "import sys, magihuman_fast.cli as c; c.main(['generate', '--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0
 
 
 def test_as_a_module() -> None:

@@ -83,6 +83,26 @@ struct GemmQkvParams {
 };
 MAGIHUMAN_API void launch_gemm_qkv(const GemmQkvParams& params, Stream stream);
 
+// --- attention --------------------------------------------------------------------------------------------
+
+// out = bf16(sigmoid(gate) softmax(q kT / sqrt(128)) v), query head h with key/value head h / (query heads per
+// key/value head). With tokens_per_frame video rows see the video rows of frames at most frame_window away and all audio
+// and text rows, which see everything; else every row sees every row.
+struct GatedAttentionParams {
+    const void* q;      // bf16 [M, num_q_heads, 128]
+    const void* k;      // bf16 [M, num_kv_heads, 128]
+    const void* v;      // bf16 [M, num_kv_heads, 128]
+    const float* gate;  // [M, num_q_heads], logits
+    void* out;          // bf16 [M, num_q_heads, 128]
+    int m, num_q_heads, num_kv_heads;
+    const int* modality_offsets;  // may be null without window and with text queries: all M rows
+    int tokens_per_frame;         // video rows of one latent frame; 0: no window
+    int frame_window;
+    bool text_queries;  // false: text rows of out are left alone
+    int num_sms;
+};
+MAGIHUMAN_API void launch_gated_attention(const GatedAttentionParams& params, Stream stream);
+
 // --- pointwise operations ---------------------------------------------------------------------------------
 
 // out = bf16(x rsqrt(mean(x^2) + eps) (1 + weight))

@@ -85,6 +85,33 @@ void define_products(py::module_& m) {
 #undef GEMM_NAMES
 }
 
+void define_attention(py::module_& m) {
+    m.def(
+        "gated_attention",
+        [](Address q, Address k, Address v, Address gate, Address out, int rows, int num_q_heads,
+           int num_kv_heads, Address modality_offsets, int tokens_per_frame, int frame_window,
+           bool text_queries, int num_sms, Address stream) {
+            launch_gated_attention({.q = at(q),
+                                    .k = at(k),
+                                    .v = at(v),
+                                    .gate = at(gate),
+                                    .out = at(out),
+                                    .m = rows,
+                                    .num_q_heads = num_q_heads,
+                                    .num_kv_heads = num_kv_heads,
+                                    .modality_offsets = at(modality_offsets),
+                                    .tokens_per_frame = tokens_per_frame,
+                                    .frame_window = frame_window,
+                                    .text_queries = text_queries,
+                                    .num_sms = num_sms},
+                                   at(stream));
+        },
+        py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("gate"), py::arg("out"),
+        py::arg("m"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("modality_offsets"),
+        py::arg("tokens_per_frame"), py::arg("frame_window"), py::arg("text_queries"), py::arg("num_sms"),
+        py::arg("stream"), kWithoutLock);
+}
+
 void define_rows(py::module_& m) {
     m.def(
         "rms_norm",
@@ -259,6 +286,7 @@ void define_simulator(py::module_& m) {
 
 PYBIND11_MODULE(MAGIHUMAN_MODULE, m) {
     define_products(m);
+    define_attention(m);
     define_rows(m);
     define_sampler(m);
 #if defined(MAGIHUMAN_SIM)

@@ -14,6 +14,7 @@ from .reference.dit import Offsets
 from .tensor_checks import check_offsets, check_tensor, require
 
 Backend = Literal["gpu", "sim", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 @cache
@@ -56,9 +57,7 @@ def simulator() -> ModuleType:
 def choose_backend(op: str, tensor: torch.Tensor, backend: Backend | None) -> Backend:
     """The backend that an operation on `tensor` runs on."""
     chosen = "gpu" if backend is None else backend
-    require(
-        chosen in get_args(Backend), f"{op}: backend", f"one of {get_args(Backend)} or None", repr(backend)
-    )
+    require(chosen in BACKENDS, f"{op}: backend", f"one of {BACKENDS} or None", repr(backend))
     if chosen == "gpu":
         where = f"{op}: backend {'None, which is ' if backend is None else ''}'gpu'"
         require(tensor.device.type == "cuda", where, "CUDA tensors", f"tensors on {tensor.device}")

@@ -48,7 +48,7 @@ def _product_to_bf16(
     numbers = _check_product(op, a, w, offsets)
     chosen = choose_backend(op, a, backend)
     out = output_or_new(f"{op}: out", out, (len(a), w.shape[1]), BF16, a)
-    check_disjoint(f"{op}: out", out, a)
+    check_disjoint(f"{op}: out", out, a, "a")
     if chosen == "reference":
         on_reference(a, w, host_ranges(offsets, len(a)), out)
     elif len(a):
@@ -125,7 +125,7 @@ def gemm_swiglu7(
     wider = isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] > width
     columns = out.shape[1] if wider and out is not None else width
     out = output_or_new(f"{op}: out", out, (len(a), columns), BF16, a)
-    check_disjoint(f"{op}: out", out, a)
+    check_disjoint(f"{op}: out", out, a, "a")
     if chosen == "reference":
         reference.gemm_swiglu7(a, w, host_ranges(modality_offsets, len(a)), out)
     elif len(a):

@@ -18,6 +18,7 @@ Raises, everywhere:
 
 from __future__ import annotations
 
+from .attention_ops import AttentionBackend, gated_attention
 from .kernel_launch import Backend, gpu_unavailable, simulator
 from .matrix_ops import gemm, gemm_gelu7, gemm_qkv, gemm_residual, gemm_swiglu7
 from .pointwise_ops import (
@@ -33,12 +34,14 @@ from .pointwise_ops import (
 from .reference.operations import QkvGate
 
 __all__ = [
+    "AttentionBackend",
     "Backend",
     "QkvGate",
     "advance_step",
     "clamp_image",
     "embed",
     "embed_text",
+    "gated_attention",
     "gemm",
     "gemm_gelu7",
     "gemm_qkv",

@@ -78,7 +78,7 @@ def check_offsets(where: str, offsets: torch.Tensor, rows: int, device: torch.de
         require(values[3] <= rows, where, f"at most {rows} rows", values)
 
 
-def check_disjoint(where: str, out: torch.Tensor, source: torch.Tensor) -> None:
+def check_disjoint(where: str, out: torch.Tensor, source: torch.Tensor, name: str) -> None:
     """Refuse an output that shares memory with an input which is still read while it is written."""
     ends = []
     for tensor in (out, source):
@@ -87,4 +87,4 @@ def check_disjoint(where: str, out: torch.Tensor, source: torch.Tensor) -> None:
             (tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize if tensor.numel() else 0)
         )
     (start, end), (first, last) = ends
-    require(end <= first or last <= start, where, "memory of its own", "memory that the input a shares")
+    require(end <= first or last <= start, where, "memory of its own", f"memory that the input {name} shares")

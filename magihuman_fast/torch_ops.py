@@ -102,6 +102,34 @@ def _fake_gemm_qkv(
     return q, k, v, gate
 
 
+def _gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    modality_offsets: Tensor | None = None,
+    tokens_per_frame: int | None = None,
+    frame_window: int | None = None,
+    text_queries: bool = True,
+) -> Tensor:
+    return ops.gated_attention(
+        q,
+        k,
+        v,
+        gate,
+        modality_offsets=modality_offsets,
+        tokens_per_frame=tokens_per_frame,
+        frame_window=frame_window,
+        text_queries=text_queries,
+        out=torch.zeros_like(q),
+        backend=_backend(q),
+    )
+
+
+def _fake_gated_attention(q: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    return torch.zeros_like(q)
+
+
 def _rms_norm(x: Tensor, weight: Tensor, modality_offsets: Tensor | None = None) -> Tensor:
     out = _rows(x, x.shape[1], torch.bfloat16)
     return ops.rms_norm(x, weight, modality_offsets=modality_offsets, out=out, backend=_backend(x))
@@ -264,6 +292,12 @@ _OPERATORS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
         "int num_kv_heads, Tensor? modality_offsets=None) -> (Tensor, Tensor, Tensor, Tensor)",
         _gemm_qkv,
         _fake_gemm_qkv,
+    ),
+    (
+        "gated_attention(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? modality_offsets=None, "
+        "int? tokens_per_frame=None, int? frame_window=None, bool text_queries=True) -> Tensor",
+        _gated_attention,
+        _fake_gated_attention,
     ),
     ("rms_norm(Tensor x, Tensor weight, Tensor? modality_offsets=None) -> Tensor", _rms_norm, _fake_rms_norm),
     ("embed_text(Tensor text, Tensor weight, Tensor bias) -> Tensor", _embed_text, _fake_embed_text),

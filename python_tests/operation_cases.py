@@ -48,6 +48,21 @@ def qkv_arguments() -> Arguments:
     }
 
 
+def attention_arguments() -> Arguments:
+    q, k = bf16(ROWS, 4, 128), bf16(ROWS, 2, 128)
+    return {
+        "q": q,
+        "k": k,
+        "v": k.clone(),
+        "gate": torch.randn(ROWS, 4),
+        "modality_offsets": offsets_tensor((0, 2, 4, 6), "cpu"),
+        "tokens_per_frame": 1,
+        "frame_window": 0,
+        "text_queries": True,
+        "out": torch.zeros_like(q),
+    }
+
+
 def embed_arguments() -> Arguments:
     return {
         "video": torch.randn(2, 1, 4, 4),
@@ -85,6 +100,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "gemm_gelu7": product_arguments,
     "gemm_swiglu7": product_arguments,
     "gemm_qkv": qkv_arguments,
+    "gated_attention": attention_arguments,
     "rms_norm": lambda: {
         "x": torch.randn(ROWS, 16),
         "weight": torch.randn(3, 16),

@@ -27,7 +27,7 @@ IMPORT_ORDER = (
     ("packing",),
     ("reference", "reference.dit", "reference.turbo_vae"),
     ("tensor_checks", "kernel_launch"),
-    ("kernel_weights", "matrix_ops", "pointwise_ops"),
+    ("kernel_weights", "matrix_ops", "attention_ops", "pointwise_ops"),
     ("ops",),
     ("torch_ops",),
     ("sampler",),

@@ -11,10 +11,10 @@ import torch
 
 from backends import BACKENDS, device_of, offsets_tensor
 from cases import draw_weights
-from magihuman_fast import kernel_launch, matrix_ops, ops, pointwise_ops
+from magihuman_fast import attention_ops, kernel_launch, matrix_ops, ops, pointwise_ops
 from magihuman_fast.config import DiTConfig
 from magihuman_fast.packing import PackedTokens, unpatchify
-from magihuman_fast.reference.dit import DiT, attention
+from magihuman_fast.reference.dit import DiT
 from numerics import rel_err
 from operation_cases import ROWS, VALID, Arguments, K, N, bf16
 
@@ -62,8 +62,8 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **numbers: object) -> None:
         pytest.fail("launched")
 
-    monkeypatch.setattr(matrix_ops, "launch", refuse)
-    monkeypatch.setattr(pointwise_ops, "launch", refuse)
+    for module in (attention_ops, matrix_ops, pointwise_ops):
+        monkeypatch.setattr(module, "launch", refuse)
 
 
 @pytest.mark.parametrize("op", VALID)
@@ -119,6 +119,47 @@ SPECIAL = [
     ("gemm_swiglu7", {"out": bf16(ROWS, 7)}, r"out: expected shape \(6, 8\), got \(6, 7\)"),
     ("gemm_qkv", {"num_q_heads": 3}, "w: expected 643 rows for 3 query and 1 key/value heads, got 514"),
     ("gemm_qkv", {"num_kv_heads": 0}, "num_kv_heads: expected a positive integer, got 0"),
+    (
+        "gated_attention",
+        {"k": bf16(ROWS, 3, 128), "v": bf16(ROWS, 3, 128)},
+        "k: expected a number of heads that",
+    ),
+    (
+        "gated_attention",
+        {"v": bf16(ROWS, 4, 128)},
+        r"v: expected the shape of k, \(6, 2, 128\), got \(6, 4, 128\)",
+    ),
+    ("gated_attention", {"q": bf16(ROWS, 4, 64)}, r"q: expected shape \(any, any, 128\), got \(6, 4, 64\)"),
+    (
+        "gated_attention",
+        {"frame_window": None},
+        "frame_window: expected 0 to 1048576 with tokens_per_frame, got None",
+    ),
+    (
+        "gated_attention",
+        {"frame_window": -1},
+        "frame_window: expected 0 to 1048576 with tokens_per_frame, got -1",
+    ),
+    (
+        "gated_attention",
+        {"tokens_per_frame": None},
+        "tokens_per_frame: expected a positive integer with frame_window",
+    ),
+    (
+        "gated_attention",
+        {"tokens_per_frame": 4},
+        "tokens_per_frame: expected a divisor of the 2 video rows, got 4",
+    ),
+    (
+        "gated_attention",
+        {"modality_offsets": None},
+        "modality_offsets: expected offsets, because there is a frame",
+    ),
+    (
+        "gated_attention",
+        {"modality_offsets": None, "tokens_per_frame": None, "frame_window": None, "text_queries": False},
+        "modality_offsets: expected offsets, which say where the text rows begin",
+    ),
     ("rms_norm", {"x": torch.randn(ROWS, 12)}, "x: expected a multiple of 8 columns from 8 to 5120, got 12"),
     ("rms_norm", {"x": torch.randn(ROWS, 5128)}, "x: expected a multiple of 8 columns from 8 to 5120"),
     ("embed_text", {"text": torch.randn(3, 12)}, "text: expected a multiple of 8 channels, got 12"),
@@ -251,8 +292,7 @@ def layer_by_operations(
         num_kv_heads=CONFIG.num_kv_heads,
         **options,
     )
-    o = attention(q, k, v)
-    o = o.float().mul_(torch.sigmoid(gate).unsqueeze(-1)).to(q.dtype)
+    o = ops.gated_attention(q, k, v, gate, **options)
     ops.gemm_residual(o.flatten(1), put(w.proj), x, **options)
     h = ops.rms_norm(x, put(w.mlp_norm), **options)
     if CONFIG.is_gelu(index):
@@ -324,6 +364,14 @@ def test_output_over_the_input_is_refused(op: Any) -> None:
     op(both[:2], w, out=both[2:], backend="sim")
 
 
+def test_attention_over_an_input_is_refused() -> None:
+    for name in ("q", "k", "v"):
+        arguments = VALID["gated_attention"]() | {"k": bf16(ROWS, 4, 128), "v": bf16(ROWS, 4, 128)}
+        arguments["out"] = arguments[name]
+        with pytest.raises(ValueError, match=f"out: expected memory of its own, .* the input {name} shares"):
+            ops.gated_attention(**arguments, backend="sim")
+
+
 @pytest.mark.parametrize("backend", ["reference", "sim"])
 def test_no_rows_is_no_work(backend: ops.Backend) -> None:
     a, w = torch.zeros(0, 16, dtype=torch.bfloat16), torch.zeros(1, 16, 16, dtype=torch.bfloat16)
@@ -331,3 +379,5 @@ def test_no_rows_is_no_work(backend: ops.Backend) -> None:
     assert ops.gemm_swiglu7(a, w, backend=backend).shape == (0, 8)
     assert ops.gemm_residual(a, w, torch.zeros(0, 16), backend=backend).shape == (0, 16)
     assert ops.rms_norm(torch.zeros(0, 16), torch.zeros(1, 16), backend=backend).shape == (0, 16)
+    q = torch.zeros(0, 2, 128, dtype=torch.bfloat16)
+    assert ops.gated_attention(q, q, q, torch.zeros(0, 2), backend=backend).shape == (0, 2, 128)

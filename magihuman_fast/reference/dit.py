@@ -23,6 +23,7 @@ GATE_MAX = 7.0  # both activations clamp their inputs at 7
 SIGMOID_SLOPE = 1.702
 
 Offsets = tuple[int, int, int, int]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q kT / sqrt(D)) v for q (Lq, Hq, D) and k, v (Lk, Hkv, D); query head h reads head h // (Hq / Hkv)."""
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -84,19 +85,24 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: list[WindowRange] | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    windows: list[WindowRange] | None = None,
+    attend: Attend = sdpa,
 ) -> torch.Tensor:
     """Attention over all tokens, or over frame windows: q (L, Hq, D), k and v (L, Hkv, D) to (L, Hq, D).
 
     Each window gathers its key intervals once, so the largest temporary is one window's keys, never L x L.
+    `attend` is what computes one softmax over all of its keys.
     """
     if windows is None:
-        return _sdpa(q, k, v)
+        return attend(q, k, v)
     out = torch.empty_like(q)
     for window in windows:
         keys, values = (torch.cat([x[a:b] for a, b in window.keys]) for x in (k, v))
         a, b = window.query
-        out[a:b] = _sdpa(q[a:b], keys, values)
+        out[a:b] = attend(q[a:b], keys, values)
     return out
 
 

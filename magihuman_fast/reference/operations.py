@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..packing import patchify, unpatchify
+from ..packing import patchify, unpatchify, window_ranges
 from . import dit
 from .dit import Offsets
 
@@ -64,6 +64,31 @@ def gemm_qkv(
         to[:rows] = dit.apply_rope(heads, rope[:rows])
     out.v[:rows] = v.unflatten(1, out.v.shape[1:])
     out.gate[:rows] = gate
+
+
+def gated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor,
+    offsets: Offsets,
+    window: tuple[int, int] | None,
+    text_queries: bool,
+    out: torch.Tensor,
+    attend: dit.Attend = dit.sdpa,
+) -> None:
+    """`window`: video tokens of a frame, and frames seen on either side."""
+    rows, last = offsets[3], offsets[3] if text_queries else offsets[2]
+    if last == 0:
+        return
+    k, v = k[:rows], v[:rows]
+    if window is None:
+        o = dit.attention(q[:last], k, v, attend=attend)
+    else:
+        frame, radius = window
+        ranges = window_ranges((offsets[1] // frame, frame, 1), rows, radius)
+        o = dit.attention(q[:rows], k, v, ranges, attend)[:last]
+    out[:last] = o.float() * torch.sigmoid(gate[:last]).unsqueeze(-1)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, offsets: Offsets, out: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from magihuman_fast import ops
 from magihuman_fast.pipeline import MagiHumanPipeline
 from magihuman_fast.synthetic import MODELS, write_checkpoint
+from sim_library import build_library
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +25,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipe(tiny_checkpoint: Path) -> MagiHumanPipeline:
     """The distilled pipeline with 540p super-resolution on the CPU."""
     return MagiHumanPipeline.from_pretrained(tiny_checkpoint, sr="540p", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def attention_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build_library("attention", tmp_path_factory.mktemp("attention_library"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

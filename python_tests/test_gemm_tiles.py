@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from gemm_cases import KINDS, ROWS_AND_K, Problem, aligned, check, edge_case, make_problem, outputs_of
+from sim_library import TEXT, build_library
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-TEXT = 2048  # characters the library may write
 WIDE, SQUARE = "128x256, pairs", "128x128"
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """csrc/gemm/tests/sim_library.cpp with the simulator."""
-    build = tmp_path_factory.mktemp("gemm_library")
-    machine = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-Wno-psabi",
-    ]
-    compiler = os.environ.get("CXX", "g++")
-
-    def run(command: Sequence[str | Path]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    def compile_one(source: Path) -> Path:
-        target = build / f"{source.stem}.o"
-        run([compiler, *flags, *machine, "-DMAGIHUMAN_SIM", f"-I{CSRC}", "-c", source, "-o", target])
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        sources = [CSRC / "gemm" / "tests" / "sim_library.cpp", *CSRC.glob("sim/*.cpp")]
-        objects = list(pool.map(compile_one, sources))
-    shared = build / "libgemm_tests.so"
-    # Its own names first: the simulator module of the package may be loaded too.
-    run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", shared])
-    return ctypes.CDLL(str(shared))
+    return build_library("gemm", tmp_path_factory.mktemp("gemm_library"))
 
 
 def verdicts(library: ctypes.CDLL, m: int, n: int, k: int, groups: int = 1, num_sms: int = 132) -> list[str]:

@@ -285,6 +285,9 @@ HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const U
     const auto release = [&](int slot) {
         if (leader) mbarrier_arrive(shared.empty(slot));
     };
+    const auto release_queries = [&] {
+        if (leader) mbarrier_arrive(shared.queries_empty(consumer));
+    };
     const auto scores_to_weights = [&](int j) {
         if (Config::kBug != Bug::kNoMask && unit.tile.masked(j, kN)) mask<kN>(s, unit.tile, j, row, tokens);
         softmax.update(s, rescale);
@@ -327,6 +330,7 @@ HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const U
         multiply_values<Config>(o, weights, shared.tile(value_slot));
         shared.advance();
         give_turn<Config>(consumer);
+        if (Config::kBug == Bug::kEarlyQueries && j == tiles - 1) release_queries();
         wgmma_wait<1>();
         wgmma_results(s);
         release(key_slot);
@@ -337,7 +341,7 @@ HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const U
     finish_values();
 
     // The queries have served; the last values.
-    if (leader) mbarrier_arrive(shared.queries_empty(consumer));
+    if (Config::kBug != Bug::kEarlyQueries || tiles == 1) release_queries();
     shared.query_phase ^= 1;
     float gate[2];
 #pragma unroll

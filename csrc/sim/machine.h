@@ -86,6 +86,13 @@ struct LiveAccumulator {
     uint64_t last_op;
 };
 
+// Registers of one thread that a product under way reads as its A.
+struct LiveOperand {
+    const uint32_t* registers;
+    uint32_t values[4];
+    uint64_t op;
+};
+
 struct BulkGroup {
     int reads = 0, writes = 0;  // stores that have yet to read shared / write global memory
 };
@@ -113,6 +120,7 @@ struct Thread {
     std::vector<uint64_t> wgmma_groups;
     uint64_t wgmma_waited = 0;
     std::vector<LiveAccumulator> live;
+    std::vector<LiveOperand> live_operands;
     // TMA stores: all groups so far, the last one open.
     std::vector<BulkGroup> bulk{1};
     size_t bulk_reads_waited = 0;

@@ -2,7 +2,7 @@
 //
 // Each thread issues a product by itself; the product exists once all 128 have. Its accumulators then live in
 // a tile of the warpgroup, and the threads' registers hold a marked NaN until a wait covers the last product
-// on them.
+// on them. Registers that hold A must keep their values, and be alive, until then.
 #include "sim/machine.h"
 #include "sim/numeric.h"
 #include "sim/tensor_core.h"
@@ -135,7 +135,13 @@ void wgmma(const WgmmaForm& form, float* accumulators, const uint32_t* a_registe
     } else {
         live->last_op = ordinal;
     }
-    if (form.a_in_registers) std::copy_n(a_registers, 4, &op.a_registers[thread.linear % kThreads * 4]);
+    if (form.a_in_registers) {
+        std::copy_n(a_registers, 4, &op.a_registers[thread.linear % kThreads * 4]);
+        LiveOperand& operand = thread.live_operands.emplace_back();
+        operand.registers = a_registers;
+        std::copy_n(a_registers, 4, operand.values);
+        operand.op = ordinal;
+    }
     if (++op.arrived == kThreads) {
         start_reading(op, group.block->memory);
         post_if_ready(group);
@@ -156,6 +162,13 @@ void wgmma_wait(int groups) {
         machine->suspend({"wgmma_wait", nullptr, static_cast<uint32_t>(groups)});
     }
     thread.wgmma_waited = std::max(thread.wgmma_waited, target);
+    std::erase_if(thread.live_operands, [&](const LiveOperand& operand) {
+        if (operand.op >= target) return false;
+        if (!std::equal(operand.values, operand.values + 4, operand.registers)) {
+            fail("register use in flight", "A registers were changed between a WGMMA and its wait");
+        }
+        return true;
+    });
     for (size_t i = 0; i < thread.live.size();) {
         const LiveAccumulator live = thread.live[i];
         if (live.last_op >= target) {

@@ -100,6 +100,8 @@ def attention(
         return attend(q, k, v)
     out = torch.empty_like(q)
     for window in windows:
+        if window.query[0] == window.query[1]:
+            continue
         keys, values = (torch.cat([x[a:b] for a, b in window.keys]) for x in (k, v))
         a, b = window.query
         out[a:b] = attend(q[a:b], keys, values)

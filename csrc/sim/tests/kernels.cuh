@@ -165,7 +165,8 @@ struct WgmmaSampleParams {
 
 // D[64, N] = A B with 128 bytes of K, for every operand form. K-major operands are [rows, K] in global
 // memory, MN-major ones [K, rows].
-template <typename T, int kN, Major kA, Major kB, Swizzle kSwizzle, bool kARegisters>
+// `kTouchedA`: a mistake, a register of A changes in flight.
+template <typename T, int kN, Major kA, Major kB, Swizzle kSwizzle, bool kARegisters, bool kTouchedA = false>
 __global__ void __launch_bounds__(128, 1) wgmma_sample(const __grid_constant__ WgmmaSampleParams p) {
     constexpr uint32_t kSpan = swizzle_span(kSwizzle), kK = 128 / sizeof(T), kBTile = 64 * 128;
     uint8_t* shared = dynamic_shared_memory();
@@ -227,6 +228,7 @@ __global__ void __launch_bounds__(128, 1) wgmma_sample(const __grid_constant__ W
         }
     }
     wgmma_commit();
+    if (kTouchedA && threadIdx.x == 77) a_registers[2][1] ^= 1;
     wgmma_wait<0>();
     for (int j = 0; j < kN / 8; ++j) {
         for (int half = 0; half < 2; ++half) {

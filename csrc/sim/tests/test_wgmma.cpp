@@ -92,6 +92,25 @@ SIM_TEST(wgmma_e4m3) {
     check<e4m3, 128, Major::kK, Major::kK, Swizzle::kBytes128, true>();
 }
 
+SIM_TEST(touched_a_register) {
+    Buffer<bf16> a(64 * 64, "a"), b(64 * 64, "b");
+    Buffer<float> d(64 * 64, "d");
+    fill_normal(a, 1);
+    fill_normal(b, 2);
+    const TensorMap map = make_tensor_map(
+        matrix_map_spec(b.data(), ElementType::kBf16, 64, 64, 128, 64, 64, Swizzle::kBytes128), "operand");
+    const WgmmaSampleParams params{map, map, reinterpret_cast<const uint8_t*>(a.data()), d.data()};
+    for (int seed = 0; seed < 4; ++seed) {
+        sim::set_seed(seed);
+        const sim::Error error = error_of([&] {
+            launch(wgmma_sample<bf16, 64, Major::kK, Major::kK, Swizzle::kBytes128, true, true>,
+                   {"wgmma_sample", dim3(1), 128, 1, 2 * 64 * 128 + 8}, params);
+        });
+        expect(error.kind == "register use in flight", error.what());
+        expect_contains(error.what(), "thread 77: A registers were changed");
+    }
+}
+
 // Bits written out by hand from the fields of CUTLASS's GmmaDescriptor, not through the code under test.
 SIM_TEST(descriptor_bits) {
     struct Outcome {

@@ -1,0 +1,168 @@
+"""Gated attention for tests: problems with random data, their float64 result, and the call on every backend.
+
+Rows that are not in use hold NaN, in every input: one that is read shows. Outputs are NaN beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from magihuman_fast import ops
+
+HEAD = 128
+
+
+@dataclass
+class Problem:
+    """One call: its inputs, and whose the rows are."""
+
+    rows: tuple[int, int, int]  # video, audio, text
+    heads: tuple[int, int] = (1, 1)  # query, key and value
+    window: tuple[int, int] | None = None  # video rows of a frame, frames seen on either side
+    text_queries: bool = True
+    spare: int = 5  # rows of the buffers beyond those in use
+    scale: float = 1.0  # of queries and keys
+    num_sms: int = 2
+    device: str = "cpu"
+    seed: int = 0
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        (hq, hkv), capacity = self.heads, self.live + self.spare
+        # An outlier channel, as trained models have them.
+        outlier = torch.ones(HEAD)
+        outlier[7] = 4
+        for name, heads, scale in (("q", hq, self.scale * outlier), ("k", hkv, self.scale), ("v", hkv, 1)):
+            self.tensors[name] = torch.full((capacity, heads, HEAD), torch.nan, dtype=torch.bfloat16)
+            values = torch.randn(self.live, heads, HEAD, generator=generator) * scale
+            self.tensors[name][: self.live] = values
+        self.tensors["gate"] = torch.full((capacity, hq), torch.nan)
+        self.tensors["gate"][: self.live] = torch.randn(self.live, hq, generator=generator) * 2
+        video, audio, _ = self.rows
+        offsets = (0, video, video + audio, self.live)
+        self.tensors["modality_offsets"] = torch.tensor(offsets, dtype=torch.int32)
+        self.tensors = {name: t.to(self.device) for name, t in self.tensors.items()}
+
+    @property
+    def live(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def computed(self) -> int:
+        """Rows of the output that are written."""
+        return self.live if self.text_queries else self.rows[0] + self.rows[1]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        frame, radius = self.window or (None, None)
+        return {
+            "modality_offsets": self.tensors["modality_offsets"],
+            "tokens_per_frame": frame,
+            "frame_window": radius,
+            "text_queries": self.text_queries,
+        }
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self.tensors[name] for name in ("q", "k", "v", "gate"))
+
+
+def run(p: Problem, backend: ops.AttentionBackend = "sim", seed: int = 0) -> torch.Tensor:
+    """The output of one call, NaN where it wrote nothing."""
+    if backend == "sim":
+        ops.simulator().set_seed(seed)
+    out = torch.full_like(p.tensors["q"], torch.nan)
+    options = {**p.options, "num_sms": p.num_sms if backend == "sim" else 0}
+    return ops.gated_attention(*p.inputs, **options, out=out, backend=backend)
+
+
+def visible(p: Problem, rows: torch.Tensor) -> torch.Tensor:
+    """Which keys each of `rows` sees: (len(rows), live) bool, from the rule as MODEL.md states it."""
+    keys = torch.arange(p.live, device=rows.device)
+    if p.window is None:
+        return torch.ones(len(rows), p.live, dtype=torch.bool, device=rows.device)
+    (frame, radius), video = p.window, p.rows[0]
+    near = (rows[:, None] // frame - keys // frame).abs() <= radius
+    return near | (rows[:, None] >= video) | (keys >= video)
+
+
+def expected(p: Problem, rows: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Those rows of the output (len(rows), Hq, 128), computed in `dtype`, not rounded."""
+    q, k, v, gate = (t[: p.live].to(dtype) for t in p.inputs)
+    hq, hkv = p.heads
+    q = q[rows].unflatten(1, (hkv, hq // hkv))
+    scores = torch.einsum("mgrd,ngd->grmn", q, k) / math.sqrt(HEAD)
+    scores.masked_fill_(~visible(p, rows), -math.inf)
+    o = torch.einsum("grmn,ngd->mgrd", scores.softmax(-1), v).flatten(1, 2)
+    return o * torch.sigmoid(gate[rows]).unsqueeze(-1)
+
+
+def check(
+    p: Problem, out: torch.Tensor, baseline: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> None:
+    """Against float64: within twice PyTorch's bfloat16 error, overall and in the worst row of one head, which one wrong
+    element of usual size spoils.
+
+    `baseline`: the same computation in bfloat16 PyTorch. `rows`: the ones to look at, by default all.
+    """
+    assert out[p.computed :].isnan().all(), "rows that are not computed were written"
+    if p.computed == 0:
+        return
+    assert out[: p.computed].isfinite().all(), (
+        f"{int((~out[: p.computed].isfinite()).sum())} elements missing"
+    )
+    if rows is None:
+        rows = torch.arange(p.computed, device=out.device)
+    baseline = run(p, "reference") if baseline is None else baseline
+    truth = expected(p, rows)
+    error, allowed = ((x[rows].double() - truth) for x in (out, baseline))
+    floor = 2.0**-10  # of a row: what rounding the result to bfloat16 costs, about
+    assert error.norm() <= 2 * allowed.norm() + floor * truth.norm(), "the error is over twice PyTorch's"
+    size = truth.norm(dim=-1)
+    worst = (error.norm(dim=-1) / size).max()
+    bound = 2 * (allowed.norm(dim=-1) / size).max() + floor
+    assert worst <= bound, f"one row is off by {worst:.3g} of its size, allowed {bound:.3g}"
+
+
+# Tiles have 128 queries, halves of 64, and 176 or 128 keys.
+FULL: dict[str, dict[str, Any]] = {
+    "one token": {"rows": (1, 0, 0)},
+    "one token of each": {"rows": (1, 1, 1), "heads": (5, 1)},
+    "half a tile": {"rows": (64, 0, 0)},
+    "half a tile and one": {"rows": (60, 3, 2)},
+    "queries - 1": {"rows": (127, 0, 0)},
+    "queries": {"rows": (100, 20, 8)},
+    "queries + 1": {"rows": (129, 0, 0)},
+    "keys - 1": {"rows": (175, 0, 0)},
+    "keys": {"rows": (170, 5, 1), "heads": (2, 1)},
+    "keys + 1": {"rows": (0, 0, 177)},
+    "two key tiles + 1": {"rows": (200, 100, 53), "heads": (2, 2)},
+    "grouped 5:1": {"rows": (150, 10, 30), "heads": (10, 2)},
+    "no video": {"rows": (0, 130, 20), "heads": (2, 1)},
+    "without text queries": {"rows": (100, 40, 200), "heads": (2, 1), "text_queries": False},
+    "nothing to compute": {"rows": (0, 0, 9), "text_queries": False},
+    "no spare rows": {"rows": (131, 0, 0), "spare": 0},
+    "much spare room": {"rows": (131, 0, 0), "spare": 300},
+    "no rows": {"rows": (0, 0, 0)},
+}
+WINDOW: dict[str, dict[str, Any]] = {
+    "radius 0": {"rows": (300, 9, 14), "window": (100, 0)},
+    "radius 1, both ends of the clip": {"rows": (640, 20, 30), "window": (128, 1)},
+    "radius 2": {"rows": (490, 5, 11), "window": (70, 2)},
+    "radius beyond the clip": {"rows": (300, 9, 14), "window": (100, 1000)},
+    "no audio": {"rows": (400, 0, 40), "window": (100, 1)},
+    "no text": {"rows": (400, 40, 0), "window": (100, 1)},
+    "video alone": {"rows": (400, 0, 0), "window": (100, 1)},
+    "no video": {"rows": (0, 70, 80), "window": (100, 1)},
+    "one frame": {"rows": (150, 3, 4), "window": (150, 1)},
+    "one video token": {"rows": (1, 3, 4), "window": (1, 0)},
+    "many frames in a tile": {"rows": (260, 3, 4), "window": (4, 3), "heads": (5, 1)},
+    "much audio and text": {"rows": (256, 170, 200), "window": (64, 1)},
+    "without text queries": {"rows": (300, 9, 140), "window": (100, 1), "text_queries": False},
+    "grouped 5:1": {"rows": (210, 9, 14), "window": (70, 1), "heads": (5, 1)},
+}

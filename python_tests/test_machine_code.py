@@ -3,18 +3,11 @@ registers of each role as planned."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from test_simulator import CSRC, nvidia_program
+from machine_code import CSRC, Kernel, compile_kernels
 
 # Threads share 65536 registers: 384 of them start with 168 each; then one warpgroup keeps 40 and two take 232.
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
@@ -31,56 +24,14 @@ PRODUCTS = {
 CASES = [(source, tile) for source, tiles in PRODUCTS.items() for tile in tiles]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    resources: str  # what ptxas reports
-    code: str  # SASS
-
-
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Kernel]:
     """Every compiled kernel by source and tile."""
-    tools = {"nvcc": shutil.which("nvcc"), "c++filt": shutil.which("c++filt")}
-    tools |= {
-        f"{name} (package nvidia-cuda-{name})": nvidia_program(name) for name in ("cuobjdump", "nvdisasm")
+    sources = [CSRC / "gemm" / f"{name}.cu" for name in PRODUCTS]
+    compiled = compile_kernels(sources, tmp_path_factory.mktemp("machine_code"))
+    return {
+        (source, tile): compiled[source].of(f"gemm_sm90<magihuman::gemm::{tile}") for source, tile in CASES
     }
-    cutlass = importlib.util.find_spec("cutlass_library")
-    for what, found in {**tools, "the CUTLASS headers (package nvidia-cutlass)": cutlass}.items():
-        if found is None:
-            pytest.skip(f"{what} is not installed: the kernels' machine code is not looked at")
-    nvcc, demangler, cuobjdump, nvdisasm = (str(tool) for tool in tools.values())
-    assert cutlass is not None
-    assert cutlass.submodule_search_locations
-    include = Path(cutlass.submodule_search_locations[0]) / "source" / "include"
-    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    folder = tmp_path_factory.mktemp("machine_code")
-
-    def run(command: list[str | Path], text: str | None = None) -> str:
-        done = subprocess.run(
-            command, capture_output=True, text=True, input=text, env={**os.environ, "PATH": path}
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def compile_one(name: str) -> dict[tuple[str, str], Kernel]:
-        cubin = folder / f"{name}.cubin"
-        flags = ["-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC}", f"-I{include}"]
-        # ptxas says so, and no more, when it serialises products: its warnings are errors.
-        strict = ["-Werror", "all-warnings", "-Xptxas=-v,--warn-on-spills,-Werror"]
-        report = run([nvcc, *flags, *strict, "-cubin", CSRC / "gemm" / f"{name}.cu", "-o", cubin])
-        report = run([demangler], report)
-        code = run([demangler], run([cuobjdump, "-sass", cubin]))
-        found = {}
-        for tile in PRODUCTS[name]:
-            kernel = f"gemm_sm90<magihuman::gemm::{tile}"
-            (resources,) = [part for part in report.split("Compiling entry function") if kernel in part]
-            (sass,) = [part for part in code.split("Function : ")[1:] if kernel in part.split("\n")[0]]
-            found[name, tile] = Kernel(resources, sass)
-        return found
-
-    with ThreadPoolExecutor(2) as pool:
-        parts = pool.map(compile_one, PRODUCTS)
-        return {key: kernel for part in parts for key, kernel in part.items()}
 
 
 def test_every_source_is_in_the_table() -> None:
@@ -111,12 +62,8 @@ def test_products_and_copies(kernels: dict[tuple[str, str], Kernel], source: str
 def test_registers(kernels: dict[tuple[str, str], Kernel], source: str, tile: str) -> None:
     kernel = kernels[source, tile]
     assert f"Used {REGISTERS_AT_START} registers" in kernel.resources
-    moves = re.findall(r"USETMAXREG\.(\w+)\.CTAPOOL\s+(?:UP\d+, )?(0x[0-9a-f]+)", kernel.code)
-    assert sorted((kind, int(count, 16)) for kind, count in moves) == [
-        ("DEALLOC", PRODUCER),
-        ("TRY_ALLOC", CONSUMER),
-    ]
-    assert max(int(number) for number in re.findall(r"\bR(\d+)\b", kernel.code)) < CONSUMER
+    assert kernel.register_moves() == [("DEALLOC", PRODUCER), ("TRY_ALLOC", CONSUMER)]
+    assert kernel.highest_register() < CONSUMER
 
 
 @pytest.mark.parametrize(("source", "tile"), CASES)
@@ -131,7 +78,7 @@ def test_no_fence_before_remote_arrivals(
     kernels: dict[tuple[str, str], Kernel], source: str, tile: str
 ) -> None:
     # A fence of the whole device before each release would stall every stage.
-    lines = [x for x in kernels[source, tile].code.splitlines() if re.search(r"^\s+/\*[0-9a-f]{4,}\*/", x)]
+    lines = kernels[source, tile].instructions
     arrivals = [i for i, line in enumerate(lines) if "SYNCS.ARRIVE" in line]
     assert arrivals
     assert not any("MEMBAR" in line for i in arrivals for line in lines[max(i - 6, 0) : i])

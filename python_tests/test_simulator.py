@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+from machine_code import CSRC, compile_kernels
+
 TESTS = CSRC / "sim" / "tests"
 COMPILER = os.environ.get("CXX", "g++")
 
@@ -117,58 +116,11 @@ MACHINE_CODE = {
 }
 
 
-def nvidia_program(name: str) -> str | None:
-    """A program on the path, or in one of NVIDIA's packages."""
-    for package in ("nvidia.cu13", "nvidia.cuda_cuobjdump"):
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (Path(folder) / "bin" / name).exists():
-                return str(Path(folder) / "bin" / name)
-    return shutil.which(name)
-
-
 @pytest.fixture(scope="session")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Disassembly of the sample kernels, compiled without a spill or a warning."""
-    nvcc, cuobjdump, nvdisasm = shutil.which("nvcc"), nvidia_program("cuobjdump"), nvidia_program("nvdisasm")
-    cutlass = importlib.util.find_spec("cutlass_library")
-    for what, found in {
-        "nvcc": nvcc,
-        "cuobjdump (package nvidia-cuda-cuobjdump)": cuobjdump,
-        "nvdisasm (package nvidia-cuda-nvdisasm)": nvdisasm,
-        "the CUTLASS headers (package nvidia-cutlass)": cutlass,
-    }.items():
-        if found is None:
-            pytest.skip(f"{what} is not installed: the wrappers' machine code is not looked at")
-    assert cutlass is not None
-    assert cutlass.submodule_search_locations
-    assert cuobjdump
-    assert nvdisasm
-    assert nvcc
-    include = Path(cutlass.submodule_search_locations[0]) / "source" / "include"
-    cubin = tmp_path_factory.mktemp("machine_code") / "samples.cubin"
-    architecture = "-gencode=arch=compute_90a,code=sm_90a"
-    warnings = ["-Werror", "all-warnings", "-Xptxas=--warn-on-spills,-Werror"]
-    source = TESTS / "machine_code.cu"
-    run(
-        [
-            nvcc,
-            "-std=c++20",
-            architecture,
-            *warnings,
-            f"-I{CSRC}",
-            f"-I{include}",
-            "-cubin",
-            source,
-            "-o",
-            cubin,
-        ]
-    )
-    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return run([cuobjdump, "-sass", cubin], env={**os.environ, "PATH": path})
+    folder = tmp_path_factory.mktemp("machine_code")
+    return compile_kernels([TESTS / "machine_code.cu"], folder)["machine_code"].code
 
 
 @pytest.mark.parametrize("wrapper", MACHINE_CODE)

@@ -1,0 +1,99 @@
+"""What nvcc makes of kernel sources: ptxas's report and the disassembly of each kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    resources: str  # what ptxas reports
+    code: str  # SASS
+
+    @property
+    def instructions(self) -> list[str]:
+        return INSTRUCTION.findall(self.code)
+
+    def register_moves(self) -> list[tuple[str, int]]:
+        """(direction, registers a thread) of each move between the roles."""
+        moves = re.findall(r"USETMAXREG\.(\w+)\.CTAPOOL\s+(?:UP\d+, )?(0x[0-9a-f]+)", self.code)
+        return sorted((kind, int(count, 16)) for kind, count in moves)
+
+    def highest_register(self) -> int:
+        return max(int(number) for number in re.findall(r"\bR(\d+)\b", self.code))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One source, compiled and taken apart."""
+
+    report: str
+    code: str
+
+    def of(self, name: str) -> Kernel:
+        """The one kernel whose name holds `name`."""
+        (resources,) = [part for part in self.report.split("Compiling entry function") if name in part]
+        (sass,) = [part for part in self.code.split("Function : ")[1:] if name in part.split("\n")[0]]
+        return Kernel(resources, sass)
+
+
+def nvidia_program(name: str) -> str | None:
+    """A program on the path, or in one of NVIDIA's packages."""
+    for package in ("nvidia.cu13", "nvidia.cuda_cuobjdump"):
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(folder) / "bin" / name).exists():
+                return str(Path(folder) / "bin" / name)
+    return shutil.which(name)
+
+
+def compile_kernels(sources: Sequence[Path], folder: Path) -> dict[str, Compiled]:
+    """Sources by their stem, two at a time; skips the test where a tool is missing."""
+    tools = {"nvcc": shutil.which("nvcc"), "c++filt": shutil.which("c++filt")}
+    tools |= {
+        f"{name} (package nvidia-cuda-{name})": nvidia_program(name) for name in ("cuobjdump", "nvdisasm")
+    }
+    cutlass = importlib.util.find_spec("cutlass_library")
+    for what, found in {**tools, "the CUTLASS headers (package nvidia-cutlass)": cutlass}.items():
+        if found is None:
+            pytest.skip(f"{what} is not installed: the kernels' machine code is not looked at")
+    nvcc, demangler, cuobjdump, nvdisasm = (str(tool) for tool in tools.values())
+    assert cutlass is not None
+    assert cutlass.submodule_search_locations
+    include = Path(cutlass.submodule_search_locations[0]) / "source" / "include"
+    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+    def run(command: list[str | Path], text: str | None = None) -> str:
+        done = subprocess.run(
+            command, capture_output=True, text=True, input=text, env={**os.environ, "PATH": path}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def compile_one(source: Path) -> Compiled:
+        cubin = folder / f"{source.stem}.cubin"
+        flags = ["-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC}", f"-I{include}"]
+        # ptxas says so, and no more, when it serialises products: its warnings are errors.
+        strict = ["-Werror", "all-warnings", "-Xptxas=-v,--warn-on-spills,-Werror"]
+        report = run([nvcc, *flags, *strict, "-cubin", source, "-o", cubin])
+        return Compiled(run([demangler], report), run([demangler], run([cuobjdump, "-sass", cubin])))
+
+    with ThreadPoolExecutor(2) as pool:
+        stems = [source.stem for source in sources]
+        return dict(zip(stems, pool.map(compile_one, sources), strict=True))

@@ -1,0 +1,98 @@
+"""What nvcc makes of gated attention: no spills, the intended products, and the overlap that the source asks for."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from machine_code import CSRC, Kernel, compile_kernels
+
+# Keys of a tile by the configuration's name. Threads share 65536 registers: 384 of them start with 168 each; then one
+# warpgroup keeps 40 and two take 232.
+TILES = {"TileConfig<176, 4>": 176, "TileConfig<128, 6>": 128}
+REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
+HEAD = 128
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
+    source = CSRC / "attention" / "launch_gated_attention.cu"
+    compiled = compile_kernels([source], tmp_path_factory.mktemp("machine_code"))[source.stem]
+    return {tile: compiled.of(f"gated_attention_sm90<magihuman::attention::{tile}") for tile in TILES}
+
+
+def loop(kernel: Kernel) -> tuple[list[str], int]:
+    """The instructions of the loop over key tiles, and where in it the second product ends."""
+    code = kernel.instructions
+    # One wait there leaves a product running: the one between scores and values.
+    (middle,) = (i for i, line in enumerate(code) if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line)
+    first = max(i for i in range(middle) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in code[i])
+    # Exponentials in a row belong to this key tile until the next wait for all products, which ends the loop.
+    end = min(i for i in range(middle, len(code)) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in code[i])
+    return code[first:end], middle - first
+
+
+def registers(operand: str, count: int) -> range:
+    first = int(operand.removeprefix("R"))
+    return range(first, first + count)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_nothing_spills(kernels: dict[str, Kernel], tile: str) -> None:
+    kernel = kernels[tile]
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel.resources
+    assert not re.search(r"\b(LDL|STL)\b", kernel.code)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_registers(kernels: dict[str, Kernel], tile: str) -> None:
+    kernel = kernels[tile]
+    assert f"Used {REGISTERS_AT_START} registers" in kernel.resources
+    assert kernel.register_moves() == [("DEALLOC", PRODUCER), ("TRY_ALLOC", CONSUMER)]
+    assert kernel.highest_register() < CONSUMER
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_products_and_copies(kernels: dict[str, Kernel], tile: str) -> None:
+    keys, code = TILES[tile], kernels[tile].code
+    scores = re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16 R\d+, gdesc\[", code)
+    outputs = re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16 R\d+, R\d+, gdesc\[UR\d+\]\.tnspB", code)
+    # The first tile and the loop; the loop and the last tile.
+    assert scores == [str(keys)] * (2 * HEAD // 16)
+    assert outputs == [str(HEAD)] * (2 * keys // 16)
+    assert len(re.findall(r"HGMMA", code)) == len(scores) + len(outputs)
+    assert re.search(r"UTMALDG\.3D ", code)
+    assert re.search(r"STG\.E\.128 ", code)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_softmax_runs_beside_the_second_product(kernels: dict[str, Kernel], tile: str) -> None:
+    body, middle = loop(kernels[tile])
+    keys = TILES[tile]
+    exponentials = [i for i, line in enumerate(body) if "MUFU.EX2" in line]
+    assert len(exponentials) == keys // 2 + 2  # and what the sums so far are multiplied by
+    assert min(exponentials) > middle
+    issued = [i for i, line in enumerate(body) if "HGMMA" in line]
+    assert max(issued) < middle
+    # The other warpgroup's turn comes as soon as everything is issued.
+    (turn,) = (i for i, line in enumerate(body) if "BAR.ARV" in line)
+    assert max(issued) < turn < min(exponentials)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_what_the_second_product_uses_is_left_alone(kernels: dict[str, Kernel], tile: str) -> None:
+    body, middle = loop(kernels[tile])
+    products = [
+        (i, found)
+        for i, line in enumerate(body)
+        if (found := re.search(r"HGMMA\.64x128x16\.F32\.BF16 (R\d+), (R\d+), gdesc", line))
+    ]
+    busy = {r for _, found in products for r in registers(found[2], 4)}
+    assert len(busy) == TILES[tile] // 4
+    busy |= set(registers(products[0][1][1], HEAD // 2))
+    for line in body[products[-1][0] + 1 :]:
+        if "HGMMA" not in line:
+            touched = {int(number) for number in re.findall(r"\bR(\d+)\b", line)}
+            assert not busy & touched, line
+    assert middle > products[-1][0]

@@ -1,31 +1,26 @@
 """What the libraries reach at the model's shapes, with or without kernels of ours: cuBLAS with and without padding,
-attention, convolutions, and whole layers of the plain PyTorch model.
+convolutions, and whole layers of the plain PyTorch model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernel_cases import BF16, TINY, Case, Setting, Variant, compiled
 from magihuman_fast.config import LATENT_CHANNELS, DiTConfig
-from magihuman_fast.packing import pack, window_ranges
-from magihuman_fast.reference.dit import DiT, attention, rope_bands
+from magihuman_fast.packing import pack
+from magihuman_fast.reference.dit import DiT, rope_bands
 from magihuman_fast.reference.turbo_vae import TurboVAE
 from magihuman_fast.turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
 from timing import Call, Result
 from workload import (
     DECODE_FRAMES,
-    FRAME_WINDOW,
     ConvShape,
-    attention_bytes,
     attention_flops,
     decoder_convs,
     gemm_bytes,
@@ -33,10 +28,6 @@ from workload import (
     layer_linears,
     padded,
 )
-
-SDPA_BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-
-FLASH_ATTENTION = ("flash_attn_interface", "flash_attn")  # the packages of versions 3 and 2
 
 
 def padding_cases(s: Setting) -> Iterator[Case]:
@@ -57,59 +48,6 @@ def padding_cases(s: Setting) -> Iterator[Case]:
         shape = f"{s.clip.name}: {m} x {n} x {k}"
         variants = (Variant("cuBLAS", make),)
         yield Case("linear", shape, gemm_flops(m, n, k), gemm_bytes(m, n, k, 1, 2 * n), variants)
-
-
-def attention_cases(s: Setting) -> Iterator[Case]:
-    """Attention over all tokens by torch's kernels, each chosen explicitly, and by flash-attn where it is installed."""
-    c, m = s.config, s.clip.rows
-
-    def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = (c.num_q_heads, c.num_kv_heads, c.num_kv_heads)
-        q, k, v = (s.normal(1, m, n, c.head_dim, dtype=BF16) for n in heads)
-        return q, k, v
-
-    def sdpa(backend: SDPBackend, repeat: bool) -> Call:
-        q, k, v = (x.transpose(1, 2) for x in inputs())
-        if repeat:
-            k, v = (x.repeat_interleave(c.num_q_heads // c.num_kv_heads, 1) for x in (k, v))
-
-        def call() -> object:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, enable_gqa=not repeat)
-
-        return call
-
-    def flash(module: str) -> Call:
-        function = import_module(module).flash_attn_func
-        q, k, v = inputs()
-        return lambda: function(q, k, v)
-
-    backends = SDPA_BACKENDS if s.device == "cuda" else (SDPBackend.MATH,)
-    variants = []
-    for backend in backends:
-        name = backend.name.lower().replace("_attention", "")
-        for repeat in (False, True):
-            label = f"SDPA {name}{', keys repeated' if repeat else ''}"
-            variants.append(Variant(label, lambda b=backend, r=repeat: sdpa(b, r)))
-    installed = [name for name in FLASH_ATTENTION if find_spec(name) is not None]
-    variants += [Variant(name, lambda n=name: flash(n)) for name in installed]
-    shape = f"{s.clip.name}: {m} tokens, {c.num_q_heads} heads on {c.num_kv_heads}"
-    yield Case("attention", shape, attention_flops(c, s.clip), attention_bytes(c, s.clip), tuple(variants))
-
-
-def window_attention_cases(s: Setting) -> Iterator[Case]:
-    """Attention within the frame window, window by window; counted on its own pairs."""
-    c, clip = s.config, s.clip
-    windows = window_ranges(clip.grid, clip.rows, FRAME_WINDOW)
-
-    def make() -> Call:
-        heads = (c.num_q_heads, c.num_kv_heads, c.num_kv_heads)
-        q, k, v = (s.normal(clip.rows, n, c.head_dim, dtype=BF16) for n in heads)
-        return lambda: attention(q, k, v, windows)
-
-    shape = f"{clip.name}: {clip.rows} tokens, window {FRAME_WINDOW}"
-    flops, nbytes = attention_flops(c, clip, FRAME_WINDOW), attention_bytes(c, clip)
-    yield Case("window attention", shape, flops, nbytes, (Variant("SDPA per window", make),))
 
 
 def conv_cases(s: Setting) -> Iterator[Case]:

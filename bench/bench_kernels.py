@@ -16,7 +16,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from baseline_cases import attention_cases, conv_cases, padding_cases, window_attention_cases
+from baseline_cases import conv_cases, padding_cases
+from gated_attention_cases import attention_cases, window_attention_cases
 from kernel_cases import (
     REDUCED,
     Case,
@@ -39,11 +40,11 @@ TIMER = DeviceTimer() if GPU else time.perf_counter
 def cases() -> Iterator[tuple[Setting, Case]]:
     """Everything on a GPU. On a CPU only what is quick to prepare: most layers have one expert, not three."""
     for s in [gpu_setting(size) for size in CLIPS] if GPU else [REDUCED]:
-        for build in (gemm_cases, fused_cases, pointwise_cases):
+        for build in (gemm_cases, fused_cases, attention_cases, pointwise_cases):
             for case in build(s):
                 if GPU or "3 experts" not in case.shape or case.op in ("gemm_gelu7", "rms_norm"):
                     yield s, case
-        baselines = [attention_cases, padding_cases, conv_cases] if GPU else [attention_cases]
+        baselines = [padding_cases, conv_cases] if GPU else []
         if s.clip.name == "1080p":
             baselines.append(window_attention_cases)
         for build in baselines:

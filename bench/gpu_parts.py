@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 import torch  # noqa: E402
 
 import baseline_cases  # noqa: E402
+import gated_attention_cases  # noqa: E402
 import kernel_cases  # noqa: E402
 from kernel_cases import TINY, Case, Setting, gpu_setting, run_case  # noqa: E402
 from timing import Ceilings, Result, gpu_state, measure_ceilings  # noqa: E402
@@ -172,10 +173,16 @@ def small_operations(device: str) -> None:
     """Launch every operation once on a small problem; for tools that watch the launches."""
     backend = "gpu" if device == "cuda" else "reference"
     s = dataclasses.replace(TINY, clip=SMALL, device=device, backend=backend)
-    for cases in (kernel_cases.gemm_cases(s), kernel_cases.fused_cases(s), kernel_cases.pointwise_cases(s)):
-        for case in cases:
-            case.variants[0].make()()
-            print(case.op, case.shape, flush=True)
+    builders = (
+        kernel_cases.gemm_cases,
+        kernel_cases.fused_cases,
+        ATTENTION,
+        WINDOW,
+        kernel_cases.pointwise_cases,
+    )
+    for case in (case for build in builders for case in build(s)):
+        case.variants[0].make()()
+        print(case.op, case.shape, flush=True)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -216,14 +223,14 @@ def ceilings(records: Records, dry: bool) -> None:
     time_cases(records, (), "cpu" if dry else "cuda", dry)
 
 
-PADDING, ATTENTION = baseline_cases.padding_cases, baseline_cases.attention_cases
-WINDOW, LAYERS = baseline_cases.window_attention_cases, baseline_cases.layer_cases
+PADDING, LAYERS = baseline_cases.padding_cases, baseline_cases.layer_cases
+ATTENTION, WINDOW = gated_attention_cases.attention_cases, gated_attention_cases.window_attention_cases
 DECODER = (baseline_cases.conv_cases, baseline_cases.decode_cases)
 TIMED = {
     "products": ("plain and fused products", (kernel_cases.gemm_cases, kernel_cases.fused_cases)),
     "pointwise": ("norms, embedders, head, sampler updates", (kernel_cases.pointwise_cases,)),
-    "libraries": ("cuBLAS padding, attention, layers, decoder", (PADDING, ATTENTION, LAYERS, *DECODER)),
-    "attention": ("attention of torch and of flash-attn", (ATTENTION,)),
+    "libraries": ("cuBLAS padding, layers, decoder", (PADDING, LAYERS, *DECODER)),
+    "attention": ("gated attention, of torch and of flash-attn", (ATTENTION,)),
     "windowed": ("the same, and within the frame window", (ATTENTION, WINDOW)),
     "decoder": ("convolutions and a decode window", DECODER),
 }
@@ -246,6 +253,8 @@ PARTS = {
         Part("build", "compile the kernels", 300, build),
         Part("tests", "pytest -m gpu", 240, gpu_tests),
         timed_part("products", "256p", 240),
+        timed_part("attention", "256p", 90),
+        timed_part("windowed", "1080p", 150),
         timed_part("pointwise", "256p", 90),
         sanitizer_part("memcheck"),
         timed_part("libraries", "256p", 240),
@@ -254,8 +263,7 @@ PARTS = {
         sanitizer_part("racecheck"),
         sanitizer_part("synccheck"),
         Part("cutlass", "CUTLASS's collective product, 256p", 240, cutlass),
-        timed_part("attention", "540p", 60),
-        timed_part("windowed", "1080p", 120),
+        timed_part("attention", "540p", 90),
         timed_part("pointwise", "1080p", 90),
         timed_part("decoder", "1080p", 180),
     )

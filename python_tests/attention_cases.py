@@ -32,21 +32,21 @@ class Problem:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        options: dict[str, Any] = {"generator": generator, "device": self.device}
         (hq, hkv), capacity = self.heads, self.live + self.spare
         # An outlier channel, as trained models have them.
-        outlier = torch.ones(HEAD)
+        outlier = torch.ones(HEAD, device=self.device)
         outlier[7] = 4
         for name, heads, scale in (("q", hq, self.scale * outlier), ("k", hkv, self.scale), ("v", hkv, 1)):
-            self.tensors[name] = torch.full((capacity, heads, HEAD), torch.nan, dtype=torch.bfloat16)
-            values = torch.randn(self.live, heads, HEAD, generator=generator) * scale
-            self.tensors[name][: self.live] = values
-        self.tensors["gate"] = torch.full((capacity, hq), torch.nan)
-        self.tensors["gate"][: self.live] = torch.randn(self.live, hq, generator=generator) * 2
+            shape = (capacity, heads, HEAD)
+            self.tensors[name] = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=self.device)
+            self.tensors[name][: self.live] = torch.randn(self.live, heads, HEAD, **options) * scale
+        self.tensors["gate"] = torch.full((capacity, hq), torch.nan, device=self.device)
+        self.tensors["gate"][: self.live] = torch.randn(self.live, hq, **options) * 2
         video, audio, _ = self.rows
         offsets = (0, video, video + audio, self.live)
-        self.tensors["modality_offsets"] = torch.tensor(offsets, dtype=torch.int32)
-        self.tensors = {name: t.to(self.device) for name, t in self.tensors.items()}
+        self.tensors["modality_offsets"] = torch.tensor(offsets, dtype=torch.int32, device=self.device)
 
     @property
     def live(self) -> int:

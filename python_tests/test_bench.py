@@ -10,11 +10,17 @@ import pytest
 import torch
 
 import baseline_cases
+import gated_attention_cases
 import gpu_parts
 import kernel_cases
+import test_attention_gpu
 import test_gpu_kernels
 import timing
 import workload
+from attention_cases import Problem
+from attention_cases import check as check_attention
+from attention_cases import run as run_attention
+from gated_attention_cases import attention_cases, window_attention_cases
 from kernel_cases import TINY, Case, Variant
 from magihuman_fast import ops
 from magihuman_fast.config import DiTConfig
@@ -185,8 +191,8 @@ def test_decode_window_operations() -> None:
 
 def every_case() -> list[Case]:
     b, k = baseline_cases, kernel_cases
-    builders = (k.gemm_cases, k.fused_cases, k.pointwise_cases, b.padding_cases, b.attention_cases)
-    builders += (b.window_attention_cases, b.conv_cases, b.layer_cases)
+    builders = (k.gemm_cases, k.fused_cases, k.pointwise_cases, b.padding_cases, b.conv_cases, b.layer_cases)
+    builders += (attention_cases, window_attention_cases)
     return [case for build in builders for case in build(TINY)]
 
 
@@ -236,6 +242,20 @@ def test_compiled_baselines_compute_what_the_operation_does(op: str) -> None:
         torch.testing.assert_close(got.float(), ref.float(), rtol=2**-7, atol=2**-7)
 
 
+def test_attention_baselines_compute_what_the_operation_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = gated_attention_cases.attention_inputs
+    for build in (attention_cases, window_attention_cases):
+        window = gated_attention_cases.window_of(TINY) if build is window_attention_cases else None
+        given = make(TINY, window)
+        monkeypatch.setattr(gated_attention_cases, "attention_inputs", lambda *arguments, given=given: given)
+        (case,) = build(TINY)
+        expected = case.variants[0].make()().clone()
+        gated = [v for v in case.variants[1:] if v.name.endswith("+ compiled gate")]
+        assert gated
+        for variant in gated:
+            torch.testing.assert_close(variant.make()(), expected, rtol=2**-6, atol=2**-7)
+
+
 SMALL = dataclasses.replace(TINY, clip=gpu_parts.SMALL, backend="sim")
 SMALL_PRODUCTS = [
     ("gemm", 512, 256, 1),
@@ -251,6 +271,22 @@ def test_gpu_checks_of_products_hold_in_the_simulator(op: str, n: int, k: int, g
     ops.simulator().set_multiprocessor_count(4)
     test_gpu_kernels.check_product(op, SMALL, n, k, groups)
     test_gpu_kernels.check_rows_left_alone(op, SMALL, n, k, groups)
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_gpu_checks_of_attention_hold_in_the_simulator(monkeypatch: pytest.MonkeyPatch, window: bool) -> None:
+    monkeypatch.setattr(
+        test_attention_gpu, "run", lambda p, backend: run_attention(p, "sim" if backend == "gpu" else backend)
+    )
+    problem = Problem(
+        (12 * 36, 11, 20), heads=(5, 1), window=(36, 2) if window else None, text_queries=not window
+    )
+    test_attention_gpu.check_model(problem)
+    rows = test_attention_gpu.sampled(problem)
+    wrong = run_attention(problem, "sim")
+    wrong[rows[5], 3] = wrong[rows[5], 2]
+    with pytest.raises(AssertionError, match="over twice"):
+        check_attention(problem, wrong, run_attention(problem, "sdpa"), rows)
 
 
 def test_gpu_checks_of_pointwise_operations_hold_in_the_simulator() -> None:

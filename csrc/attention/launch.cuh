@@ -45,7 +45,7 @@ inline std::vector<AttentionTileVerdict> verdicts_for(const GatedAttentionParams
 }
 
 template <typename Config>
-void launch_tile(const GatedAttentionParams& p, Stream stream) {
+void run_with_tile(const GatedAttentionParams& p, Stream stream) {
     // [rows, heads, 128] in boxes of half a head of one head.
     const auto map = [&](const void* base, int heads, uint32_t box_rows, const char* name) {
         const uint64_t head = kHead * sizeof(bf16), row = heads * head;

@@ -7,9 +7,9 @@ void launch_gated_attention(const GatedAttentionParams& params, Stream stream) {
     attention::check_problem(params);
     const auto verdicts = attention::verdicts_for(params);
     if (verdicts[0].chosen) {
-        attention::launch_tile<attention::WideTile>(params, stream);
+        attention::run_with_tile<attention::WideTile>(params, stream);
     } else {
-        attention::launch_tile<attention::SquareTile>(params, stream);
+        attention::run_with_tile<attention::SquareTile>(params, stream);
     }
 }
 

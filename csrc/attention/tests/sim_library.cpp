@@ -17,7 +17,7 @@ struct Broken : Config {
 template <typename Config>
 void launch_broken(int bug, const GatedAttentionParams& p) {
     using attention::Bug;
-    const auto run = [&]<Bug kPlanted>() { attention::launch_tile<Broken<Config, kPlanted>>(p, nullptr); };
+    const auto run = [&]<Bug kPlanted>() { attention::run_with_tile<Broken<Config, kPlanted>>(p, nullptr); };
     switch (static_cast<Bug>(bug)) {
         case Bug::kNone:
             return run.template operator()<Bug::kNone>();

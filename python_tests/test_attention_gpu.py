@@ -1,0 +1,93 @@
+"""Gated attention on a Hopper GPU: the simulator's cases, and the model's own sizes on sampled rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attention_cases import FULL, WINDOW, Problem, check, run
+from magihuman_fast import ops
+from workload import CLIPS, FRAME_WINDOW, Tokens
+
+pytestmark = pytest.mark.gpu
+
+CASES = [pytest.param(case, id=f"full: {name}") for name, case in FULL.items()]
+CASES += [pytest.param(case, id=f"window: {name}") for name, case in WINDOW.items()]
+SAMPLED_ROWS = 48
+MODEL = [
+    pytest.param(CLIPS[name], window, id=f"{name}, {'window' if window else 'full'}")
+    for name, window in (("256p", False), ("540p", False), ("1080p", False), ("1080p", True))
+]
+
+
+def model_problem(clip: Tokens, window: bool, **options: Any) -> Problem:
+    """The published heads over one clip's tokens."""
+    frame = clip.video // clip.grid[0]
+    rows = (clip.video, clip.audio, clip.text)
+    return Problem(
+        rows, heads=(40, 8), window=(frame, FRAME_WINDOW) if window else None, device="cuda", **options
+    )
+
+
+def sampled(p: Problem) -> torch.Tensor:
+    """Rows at the edges of ranges, frames and tiles, and others at random."""
+    video, audio, _ = p.rows
+    edges = [0, video, video + audio, p.computed, 64, 128, p.computed // 128 * 128]
+    if p.window is not None:
+        edges += [p.window[0] * frame for frame in (1, 11, 12, 20, 31)]
+    near = [edge + step for edge in edges for step in (-1, 0)]
+    drawn = torch.randperm(p.computed, generator=torch.Generator().manual_seed(5))[:SAMPLED_ROWS]
+    found = torch.unique(torch.cat([torch.tensor([r for r in near if 0 <= r < p.computed]), drawn]))
+    return found.to(p.device)
+
+
+def check_model(p: Problem) -> None:
+    """Sampled rows against float64, and two runs equal bit for bit."""
+    out = run(p, "gpu")
+    check(p, out, run(p, "sdpa"), sampled(p))
+    for _ in range(3):
+        assert torch.equal(run(p, "gpu").nan_to_num(12345), out.nan_to_num(12345)), "two runs differ"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_edge_cases(case: dict[str, Any]) -> None:
+    problem = Problem(**case, device="cuda")
+    check(problem, run(problem, "gpu"))
+
+
+@pytest.mark.parametrize(("clip", "window"), MODEL)
+def test_model_sizes(clip: Tokens, window: bool) -> None:
+    check_model(model_problem(clip, window))
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_without_text_queries(window: bool) -> None:
+    check_model(model_problem(CLIPS["256p"], window, text_queries=False, spare=300))
+
+
+@pytest.mark.parametrize("scale", [15.0, 48.0])
+def test_extreme_logits(scale: float) -> None:
+    check_model(model_problem(CLIPS["256p"], False, scale=scale))
+
+
+def test_captured_equals_launched_and_serves_another_text() -> None:
+    p = model_problem(CLIPS["256p"], True)
+    launched = run(p, "gpu")
+    out, offsets = torch.full_like(launched, torch.nan), p.tensors["modality_offsets"].clone()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        ops.gated_attention(*p.inputs, **p.options, out=out)
+    graph.replay()
+    assert torch.equal(out.nan_to_num(12345), launched.nan_to_num(12345))
+    # A shorter text: the same graph, other numbers in device memory.
+    p.tensors["modality_offsets"][3] -= 133
+    out.fill_(torch.nan)
+    graph.replay()
+    again = run(p, "gpu")
+    assert torch.equal(out.nan_to_num(12345), again.nan_to_num(12345))
+    assert not torch.equal(again[0], launched[0])
+    p.tensors["modality_offsets"].copy_(offsets)

@@ -104,6 +104,13 @@ class Units {
     int kv_heads_, group_;
 };
 
+// The unit that this block takes in one round. Every other round is dealt out backwards: units grow shorter along the
+// list, and whoever had the longest of one round gets the shortest of the next.
+HOPPER_INLINE int dealt(int round) {
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+}
+
 // The block's shared memory, and this thread's place in the ring.
 template <typename Config>
 class Shared {
@@ -377,13 +384,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     block_sync();
 
     const Units units(p);
-    const int count = units.count(), blocks = static_cast<int>(gridDim.x);
-    int index = static_cast<int>(blockIdx.x);
+    const int count = units.count();
     if (warp < 4) {
         role("producer");
         registers_release<Config::kProducerRegisters>();
         if (warp == 0 && elect_one()) {
-            for (; index < count; index += blocks) produce(p, shared, units.get(index));
+            for (int round = 0; dealt(round) < count; ++round) produce(p, shared, units.get(dealt(round)));
         }
         warp_sync();
     } else {
@@ -392,7 +398,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int consumer = static_cast<int>(warp) / 4 - 1;
         // The first warpgroup begins.
         if (consumer == 1) give_turn<Config>(consumer);
-        for (; index < count; index += blocks) attend(p, shared, units.get(index), units.tokens(), consumer);
+        for (int round = 0; dealt(round) < count; ++round) {
+            attend(p, shared, units.get(dealt(round)), units.tokens(), consumer);
+        }
     }
 }
 

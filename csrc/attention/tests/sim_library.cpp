@@ -1,10 +1,9 @@
 // What only tests need of attention, behind a C interface: both tiles with a planted bug or without, run by the simulator;
 // the choice of tiles; and the schedule of key tiles.
-#include <cstring>
-#include <exception>
 #include <string>
 
 #include "attention/launch.cuh"
+#include "sim/tests/c_interface.h"
 
 namespace magihuman {
 namespace {
@@ -43,21 +42,13 @@ void launch_broken(int bug, const GatedAttentionParams& p) {
 
 extern "C" {
 
-// 0, or 1 with the message in `error`, which has room for 2048 characters.
 int sim_broken_attention(int bug, int wide, const GatedAttentionParams* params, uint64_t seed, char* error) {
-    std::string message;
-    try {
+    return sim::guarded(error, [&] {
         sim::set_seed(seed);
         attention::check_problem(*params);
         wide ? launch_broken<attention::WideTile>(bug, *params)
              : launch_broken<attention::SquareTile>(bug, *params);
-        return 0;
-    } catch (const std::exception& failure) {
-        message = failure.what();
-    }
-    std::strncpy(error, message.c_str(), 2047);
-    error[2047] = 0;
-    return 1;
+    });
 }
 
 int attention_shared_bytes(int wide) {
@@ -70,8 +61,7 @@ void attention_tile_verdicts(int64_t queries, int64_t heads, int64_t keys, int n
     for (const AttentionTileVerdict& v : choose_attention_tile({queries, heads, keys, num_sms})) {
         lines += std::string(v.chosen ? "* " : "- ") + v.tile->name + ": " + v.reason + "\n";
     }
-    std::strncpy(text, lines.c_str(), 2047);
-    text[2047] = 0;
+    sim::write_text(text, lines);
 }
 
 // The schedule. tokens: video, rows, queries, frame, radius.

@@ -1,30 +1,14 @@
 // What only tests need of the matrix products, behind a C interface: kernels with a planted bug, run by the
 // simulator, and the choice of tiles.
-#include <cstring>
-#include <exception>
 #include <string>
 
 #include "api.h"
 #include "gemm/epilogue_bf16.cuh"
 #include "gemm/launch.cuh"
+#include "sim/tests/c_interface.h"
 
 namespace magihuman {
 namespace {
-
-// 0 or 1 with the message in `error`, which has room for 2048 characters.
-template <typename Body>
-int guarded(char* error, const Body& body) {
-    std::string message;
-    try {
-        body();
-        return 0;
-    } catch (const std::exception& failure) {
-        message = failure.what();
-    }
-    std::strncpy(error, message.c_str(), 2047);
-    error[2047] = 0;
-    return 1;
-}
 
 template <typename Config, gemm::Bug kPlanted>
 struct Broken : Config {
@@ -62,7 +46,7 @@ void sim_register(const void* start, size_t bytes, const char* name) {
 void sim_clear() { sim::clear_globals(); }
 
 int sim_broken_gemm(int bug, int wide, const GemmBf16Params* params, uint64_t seed, char* error) {
-    return guarded(error, [&] {
+    return sim::guarded(error, [&] {
         sim::set_seed(seed);
         wide ? launch_broken<gemm::WideTile>(bug, *params) : launch_broken<gemm::SquareTile>(bug, *params);
     });
@@ -70,7 +54,7 @@ int sim_broken_gemm(int bug, int wide, const GemmBf16Params* params, uint64_t se
 
 // The mainloop on 8-bit operands (pitches in elements), without scales.
 int sim_e4m3_gemm(const GemmBf16Params* p, uint64_t seed, char* error) {
-    return guarded(error, [&] {
+    return sim::guarded(error, [&] {
         sim::set_seed(seed);
         const gemm::Bf16Epilogue<gemm::Identity> epilogue{static_cast<bf16*>(p->d), p->ldd, p->g.n};
         using Tile = gemm::TileConfig<e4m3, 256, 2, 4>;
@@ -89,8 +73,7 @@ void gemm_tile_verdicts(int m, int n, int k, int groups, int num_sms, char* text
         lines +=
             std::string(verdict.chosen ? "* " : "- ") + verdict.tile->name + ": " + verdict.reason + "\n";
     }
-    std::strncpy(text, lines.c_str(), 2047);
-    text[2047] = 0;
+    sim::write_text(text, lines);
 }
 
 }  // extern "C"

@@ -170,19 +170,17 @@ def read_junit(path: Path) -> dict[str, Any]:
 
 
 def small_operations(device: str) -> None:
-    """Launch every operation once on a small problem; for tools that watch the launches."""
+    """Launch every operation once on a small problem; for tools that watch the launches.
+
+    Products and attention again on two multiprocessors, where each block has more than one tile to do.
+    """
     backend = "gpu" if device == "cuda" else "reference"
-    s = dataclasses.replace(TINY, clip=SMALL, device=device, backend=backend)
-    builders = (
-        kernel_cases.gemm_cases,
-        kernel_cases.fused_cases,
-        ATTENTION,
-        WINDOW,
-        kernel_cases.pointwise_cases,
-    )
-    for case in (case for build in builders for case in build(s)):
-        case.variants[0].make()()
-        print(case.op, case.shape, flush=True)
+    persistent = (kernel_cases.gemm_cases, kernel_cases.fused_cases, ATTENTION, WINDOW)
+    for num_sms, builders in ((0, (*persistent, kernel_cases.pointwise_cases)), (2, persistent)):
+        s = dataclasses.replace(TINY, clip=SMALL, device=device, backend=backend, num_sms=num_sms)
+        for case in (case for build in builders for case in build(s)):
+            case.variants[0].make()()
+            print(case.op, case.shape, flush=True)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -252,11 +250,11 @@ PARTS = {
         Part("ceilings", "large copy and large matrix product", 60, ceilings),
         Part("build", "compile the kernels", 300, build),
         Part("tests", "pytest -m gpu", 240, gpu_tests),
+        sanitizer_part("memcheck"),
         timed_part("products", "256p", 240),
         timed_part("attention", "256p", 90),
         timed_part("windowed", "1080p", 150),
         timed_part("pointwise", "256p", 90),
-        sanitizer_part("memcheck"),
         timed_part("libraries", "256p", 240),
         timed_part("products", "540p", 240),
         timed_part("products", "1080p", 300),

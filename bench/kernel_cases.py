@@ -34,6 +34,7 @@ class Setting:
     config: DiTConfig
     device: str
     backend: ops.Backend
+    num_sms: int = 0  # of the products' and attention's persistent grids; 0: all
 
     @property
     def subject(self) -> str:
@@ -233,7 +234,8 @@ def experts_of_rows(s: Setting, groups: int) -> torch.Tensor | None:
 
 def bound(op: str, s: Setting, inputs: Inputs) -> Call:
     function = getattr(ops, op)
-    return lambda: function(**inputs, backend=s.backend)
+    grid = {"num_sms": s.num_sms} if s.num_sms else {}
+    return lambda: function(**inputs, **grid, backend=s.backend)
 
 
 def product_case(op: str, s: Setting, n: int, k: int, groups: int) -> Case:

@@ -42,8 +42,9 @@ def gated_attention(
 
     Args:
         q: (M, Hq, 128) bfloat16. k, v: (M, Hkv, 128) bfloat16, Hkv divides Hq. gate: (M, Hq) float32, logits.
-        tokens_per_frame: video rows of one latent frame. frame_window: frames seen on either side, 0 to 2^20. Given
-            together, with `modality_offsets`.
+        tokens_per_frame: video rows of one latent frame, a divisor of their number (of offsets on a GPU, which are
+            not looked at, the kernel takes the rest as a short last frame). frame_window: frames seen on either side,
+            0 to 2^20. Given together, with `modality_offsets`.
         text_queries: False leaves the text rows of `out` as they are: nothing reads them after the last layer.
         out: (M, Hq, 128) bfloat16, contiguous. A new one holds anything in rows that are not computed.
         backend: beside those of `ops`, "sdpa" and "flash_attn": torch's attention or that of the package flash-attn,
@@ -67,7 +68,7 @@ def gated_attention(
     if out is None:
         out = torch.empty_like(q)
     check_tensor(f"{op}: out", out, tuple(q.shape), BF16, q.device)
-    for name, source in (("q", q), ("k", k), ("v", v)):
+    for name, source in (("q", q), ("k", k), ("v", v), ("gate", gate)):
         check_disjoint(f"{op}: out", out, source, name)
 
     if chosen in ("gpu", "sim"):
@@ -79,6 +80,8 @@ def gated_attention(
             launch(chosen, op, tensors, **numbers, text_queries=text_queries, num_sms=num_sms)
         return out
     offsets = host_ranges(modality_offsets, rows)
+    if window is not None:
+        _check_frames(op, offsets[1], window[0])
     attend = {"reference": dit.sdpa, "sdpa": _sdpa, "flash_attn": _flash_attn}[chosen]
     reference.gated_attention(q, k, v, gate, offsets, window, text_queries, out, attend)
     return out
@@ -102,9 +105,12 @@ def _check_window(
     assert radius is not None
     assert offsets is not None
     if offsets.device.type == "cpu":
-        video = int(offsets[1])
-        require(video % frame == 0, f"{op}: tokens_per_frame", f"a divisor of the {video} video rows", frame)
+        _check_frames(op, int(offsets[1]), frame)
     return frame, radius
+
+
+def _check_frames(op: str, video: int, frame: int) -> None:
+    require(video % frame == 0, f"{op}: tokens_per_frame", f"a divisor of the {video} video rows", frame)
 
 
 def _choose(op: str, q: torch.Tensor, backend: AttentionBackend | None) -> AttentionBackend:
@@ -130,8 +136,9 @@ def _flash_attn_function() -> Callable[..., Any]:
         try:
             function: Callable[..., Any] = import_module(name).flash_attn_func
             return function
-        except ModuleNotFoundError:
-            continue
+        except ModuleNotFoundError as error:
+            if error.name != name:  # it is there, and something that it needs is not
+                raise
     raise RuntimeError("gated_attention: backend 'flash_attn': the package flash-attn is not installed")
 
 

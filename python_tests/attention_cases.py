@@ -26,7 +26,7 @@ class Problem:
     text_queries: bool = True
     spare: int = 5  # rows of the buffers beyond those in use
     scale: float = 1.0  # of queries and keys
-    num_sms: int = 2
+    num_sms: int = 2  # fewer than there are units: blocks take several
     device: str = "cpu"
     seed: int = 0
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -77,8 +77,7 @@ def run(p: Problem, backend: ops.AttentionBackend = "sim", seed: int = 0) -> tor
     if backend == "sim":
         ops.simulator().set_seed(seed)
     out = torch.full_like(p.tensors["q"], torch.nan)
-    options = {**p.options, "num_sms": p.num_sms if backend == "sim" else 0}
-    return ops.gated_attention(*p.inputs, **options, out=out, backend=backend)
+    return ops.gated_attention(*p.inputs, **p.options, num_sms=p.num_sms, out=out, backend=backend)
 
 
 def visible(p: Problem, rows: torch.Tensor) -> torch.Tensor:

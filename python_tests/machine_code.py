@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,12 @@ class Kernel:
 
     @property
     def instructions(self) -> list[str]:
-        return INSTRUCTION.findall(self.code)
+        return [text for _, text in INSTRUCTION.findall(self.code)]
+
+    def index_of(self, address: str) -> int:
+        """Which instruction a branch to `address` ("0x1c80") goes to."""
+        addresses = [int(at, 16) for at, _ in INSTRUCTION.findall(self.code)]
+        return addresses.index(int(address, 16))
 
     def register_moves(self) -> list[tuple[str, int]]:
         """(direction, registers a thread) of each move between the roles."""
@@ -33,7 +38,16 @@ class Kernel:
         return sorted((kind, int(count, 16)) for kind, count in moves)
 
     def highest_register(self) -> int:
-        return max(int(number) for number in re.findall(r"\bR(\d+)\b", self.code))
+        return max(registers_of(self.code))
+
+
+def registers_of(code: str) -> set[int]:
+    """Registers that instructions name, and those that follow them in operands of 64 and 128 bits."""
+    found = set()
+    for line in code.splitlines():
+        width = 4 if ".128" in line else 2 if ".64" in line or "WIDE" in line else 1
+        found |= {int(n) + i for n in re.findall(r"\bR(\d+)\b", line) for i in range(width)}
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention_cases import FULL, WINDOW, Problem, check, expected, run, visible
-from magihuman_fast import ops
+from magihuman_fast import attention_ops, ops
 from sim_library import TEXT
 
 CASES = [pytest.param(case, id=f"full: {name}") for name, case in FULL.items()]
@@ -43,10 +43,16 @@ class GatedAttentionParams(ctypes.Structure):
 
 
 def run_tile(
-    attention_library: ctypes.CDLL, p: Problem, *, wide: bool, seed: int, bug: str = "none"
+    attention_library: ctypes.CDLL,
+    p: Problem,
+    *,
+    wide: bool,
+    seed: int,
+    bug: str = "none",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | str:
     """The output of one tile, with a bug planted in it, or the simulator's message."""
-    out = torch.full_like(p.tensors["q"], torch.nan)
+    out = torch.full_like(p.tensors["q"], torch.nan) if out is None else out
     t = p.tensors
     params = GatedAttentionParams(
         *(tensor.data_ptr() for tensor in (*p.inputs, out)),
@@ -93,6 +99,40 @@ def test_extreme_logits(attention_library: ctypes.CDLL, scale: float, window: tu
         assert isinstance(out, torch.Tensor), out
         assert out[rows].isfinite().all()
         check(problem, out)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "fits"),
+    [
+        ((0, 150, 150, 150), (0, 130, 130, 130)),
+        ((0, 100, 150, 150), (0, 100, 130, 130)),
+        ((0, 120, 90, 110), (0, 90, 90, 110)),
+        ((0, -5, -3, 130), (0, 0, 0, 130)),
+        ((0, 100, 110, -1), (0, 0, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("text_queries", [True, False])
+def test_offsets_that_do_not_fit_are_cut(
+    attention_library: ctypes.CDLL, offsets: tuple[int, ...], fits: tuple[int, ...], text_queries: bool
+) -> None:
+    # In device memory nobody looks at them. Registered buffers end where they end: beyond is an error.
+    problem = Problem((130, 0, 0), window=(50, 0), spare=0, text_queries=text_queries)
+    outs = []
+    for values in (offsets, fits):
+        problem.tensors["modality_offsets"] = torch.tensor(values, dtype=torch.int32)
+        for name, tensor in problem.tensors.items():
+            attention_library.sim_register(
+                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), name.encode()
+            )
+        out = torch.full_like(problem.tensors["q"], torch.nan)
+        attention_library.sim_register(ctypes.c_void_p(out.data_ptr()), ctypes.c_size_t(out.nbytes), b"out")
+        try:
+            got = run_tile(attention_library, problem, wide=True, seed=0, out=out)
+        finally:
+            attention_library.sim_clear()
+        assert isinstance(got, torch.Tensor), got
+        outs.append(got.nan_to_num(12345))
+    assert torch.equal(*outs)
 
 
 def test_signs_and_equal_logits() -> None:
@@ -213,6 +253,14 @@ def test_flash_attn_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(__import__("sys").modules, name, module)
     with pytest.raises(RuntimeError, match="backend 'flash_attn': the package flash-attn is not installed"):
         run(problem, "flash_attn")
+
+    def half_installed(name: str) -> object:
+        raise ModuleNotFoundError("No module named 'einops'", name="einops")
+
+    monkeypatch.setattr(attention_ops, "import_module", half_installed)
+    with pytest.raises(ModuleNotFoundError, match="einops"):
+        run(problem, "flash_attn")
+    monkeypatch.undo()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, None]:
         """As the package's function takes and gives it: (batch, rows, heads, 128)."""

@@ -27,7 +27,12 @@ def model_problem(clip: Tokens, window: bool, **options: Any) -> Problem:
     frame = clip.video // clip.grid[0]
     rows = (clip.video, clip.audio, clip.text)
     return Problem(
-        rows, heads=(40, 8), window=(frame, FRAME_WINDOW) if window else None, device="cuda", **options
+        rows,
+        heads=(40, 8),
+        window=(frame, FRAME_WINDOW) if window else None,
+        device="cuda",
+        num_sms=0,
+        **options,
     )
 
 
@@ -51,10 +56,47 @@ def check_model(p: Problem) -> None:
         assert torch.equal(run(p, "gpu").nan_to_num(12345), out.nan_to_num(12345)), "two runs differ"
 
 
+# On all multiprocessors a block has one unit to do, on one or two it has several, of different lengths.
+@pytest.mark.parametrize("num_sms", [0, 1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_edge_cases(case: dict[str, Any]) -> None:
-    problem = Problem(**case, device="cuda")
+def test_edge_cases(case: dict[str, Any], num_sms: int) -> None:
+    problem = Problem(**case, device="cuda", num_sms=num_sms)
     check(problem, run(problem, "gpu"))
+
+
+@pytest.mark.parametrize("rows", [(100, 0, 0), (128, 0, 0), (1000, 40, 300)])
+@pytest.mark.parametrize("num_sms", [3, 0])
+def test_many_units_a_block(rows: tuple[int, int, int], num_sms: int) -> None:
+    # One key tile each of the smaller and of the larger kind, and many: 40 to 440 units.
+    problem = Problem(rows, heads=(40, 8), device="cuda", num_sms=num_sms)
+    check(problem, run(problem, "gpu"))
+
+
+def test_without_offsets_all_rows_are_used() -> None:
+    problem = Problem((1300, 0, 0), heads=(5, 1), spare=0, device="cuda")
+    check(problem, ops.gated_attention(*problem.inputs))
+
+
+def test_nan_stays_in_its_row_and_head() -> None:
+    problem = Problem((700, 3, 4), heads=(4, 2), device="cuda")
+    problem.tensors["q"][40, 1] = torch.nan
+    problem.tensors["v"][7, 1] = torch.nan
+    out = run(problem, "gpu")[: problem.live]
+    assert out[40, 1].isnan().all()
+    assert out[:, 2:].isnan().all()
+    out[40, 1] = 0
+    assert out[:, :2].isfinite().all()
+
+
+def test_offsets_that_do_not_fit_leave_no_buffer() -> None:
+    problem = Problem((700, 30, 40), window=(70, 1), device="cuda", spare=0)
+    whole = torch.full(
+        (len(problem.tensors["q"]) + 300, 1, 128), torch.nan, dtype=torch.bfloat16, device="cuda"
+    )
+    out = whole[: problem.live]
+    problem.tensors["modality_offsets"].copy_(torch.tensor([0, 980, 1000, 1010], dtype=torch.int32))
+    ops.gated_attention(*problem.inputs, **problem.options, out=out)
+    assert whole[problem.live :].isnan().all()
 
 
 @pytest.mark.parametrize(("clip", "window"), MODEL)

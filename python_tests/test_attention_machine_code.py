@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from machine_code import CSRC, Kernel, compile_kernels
+from machine_code import CSRC, Kernel, compile_kernels, registers_of
 
 # Keys of a tile by the configuration's name. Threads share 65536 registers: 384 of them start with 168 each; then one
 # warpgroup keeps 40 and two take 232.
@@ -23,14 +23,16 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
 
 
 def loop(kernel: Kernel) -> tuple[list[str], int]:
-    """The instructions of the loop over key tiles, and where in it the second product ends."""
+    """The instructions of the loop over key tiles, and where in it the wait for the scores is."""
     code = kernel.instructions
     # One wait there leaves a product running: the one between scores and values.
     (middle,) = (i for i, line in enumerate(code) if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line)
-    first = max(i for i in range(middle) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in code[i])
-    # Exponentials in a row belong to this key tile until the next wait for all products, which ends the loop.
-    end = min(i for i in range(middle, len(code)) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in code[i])
-    return code[first:end], middle - first
+    for end in range(middle, len(code)):
+        branch = re.search(r"BRA (0x[0-9a-f]+)", code[end])
+        if branch and kernel.index_of(branch[1]) < middle:
+            first = kernel.index_of(branch[1])
+            return code[first : end + 1], middle - first
+    pytest.fail("no branch back to the top of the loop")
 
 
 def registers(operand: str, count: int) -> range:
@@ -51,6 +53,10 @@ def test_registers(kernels: dict[str, Kernel], tile: str) -> None:
     assert f"Used {REGISTERS_AT_START} registers" in kernel.resources
     assert kernel.register_moves() == [("DEALLOC", PRODUCER), ("TRY_ALLOC", CONSUMER)]
     assert kernel.highest_register() < CONSUMER
+    code = kernel.instructions
+    (first,) = (i for i, line in enumerate(code) if "USETMAXREG.DEALLOC" in line)
+    last = next(i for i in range(first, len(code)) if "EXIT" in code[i])
+    assert max(registers_of("\n".join(code[first:last]))) < PRODUCER
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -91,8 +97,9 @@ def test_what_the_second_product_uses_is_left_alone(kernels: dict[str, Kernel], 
     busy = {r for _, found in products for r in registers(found[2], 4)}
     assert len(busy) == TILES[tile] // 4
     busy |= set(registers(products[0][1][1], HEAD // 2))
-    for line in body[products[-1][0] + 1 :]:
-        if "HGMMA" not in line:
-            touched = {int(number) for number in re.findall(r"\bR(\d+)\b", line)}
-            assert not busy & touched, line
     assert middle > products[-1][0]
+    # Until the wait at the top of the loop, which the next round comes to first.
+    waited = next(i for i, line in enumerate(body) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line)
+    for line in (*body[products[-1][0] + 1 :], *body[:waited]):
+        assert "HGMMA" not in line
+        assert not busy & registers_of(line), line

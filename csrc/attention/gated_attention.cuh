@@ -333,7 +333,7 @@ HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const U
         shared.advance();
         value_slot = shared.slot;
         wait_full(Config::kBug == Bug::kNoValueWait);
-        wgmma_fence();
+        wgmma_fence();  // again: the outputs are rescaled beside the scores' product
         multiply_values<Config>(o, weights, shared.tile(value_slot));
         shared.advance();
         give_turn<Config>(consumer);

@@ -42,6 +42,11 @@ void launch_broken(int bug, const GatedAttentionParams& p) {
 
 extern "C" {
 
+void sim_register(const void* start, size_t bytes, const char* name) {
+    sim::register_global(start, bytes, name);
+}
+void sim_clear() { sim::clear_globals(); }
+
 int sim_broken_attention(int bug, int wide, const GatedAttentionParams* params, uint64_t seed, char* error) {
     return sim::guarded(error, [&] {
         sim::set_seed(seed);

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernel_cases import BF16, Case, Inputs, Setting, Variant, bound, compiled
+from magihuman_fast.attention_ops import TILES
 from magihuman_fast.packing import window_ranges
 from magihuman_fast.reference.dit import attention
 from timing import Call
@@ -41,6 +42,18 @@ def attention_inputs(s: Setting, window: int | None = None) -> Inputs:
 def window_of(s: Setting) -> int:
     """The model's window, or in clips that have not so many frames a window all the same."""
     return FRAME_WINDOW if s.clip.grid[0] > 2 * FRAME_WINDOW else 1
+
+
+def _subject(s: Setting, window: int | None = None, tile: str | None = None) -> Variant:
+    def make() -> Call:
+        return bound("gated_attention", s, attention_inputs(s, window) | {"tile": tile})
+
+    return Variant(s.subject if tile is None else f"{s.subject}, {tile}", make)
+
+
+def _tiles(s: Setting, window: int | None = None) -> list[Variant]:
+    """Each compiled tile by itself: whether the one that is predicted to be the fastest is."""
+    return [_subject(s, window, tile) for tile in TILES] if s.backend == "gpu" else []
 
 
 def _gated(s: Setting, attend: Attend, given: Inputs) -> Call:
@@ -94,7 +107,7 @@ def attention_cases(s: Setting) -> Iterator[Case]:
 
         return make
 
-    variants = [Variant(s.subject, lambda: bound("gated_attention", s, attention_inputs(s)))]
+    variants = [_subject(s)]
     for backend in SDPA_BACKENDS if s.device == "cuda" else (SDPBackend.MATH,):
         name = f"SDPA {backend.name.lower().replace('_attention', '')}"
         variants += _with_and_without_gate(s, name, sdpa(backend, False), None)
@@ -102,6 +115,7 @@ def attention_cases(s: Setting) -> Iterator[Case]:
     for module in FLASH_ATTENTION:
         if find_spec(module) is not None:
             variants += _with_and_without_gate(s, module, flash(module), None)
+    variants += _tiles(s)
     shape = f"{s.clip.name}: {m} tokens, {c.num_q_heads} heads on {c.num_kv_heads}"
     yield Case(
         "gated_attention", shape, attention_flops(c, s.clip), attention_bytes(c, s.clip), tuple(variants)
@@ -116,8 +130,8 @@ def window_attention_cases(s: Setting) -> Iterator[Case]:
     def per_window(given: Inputs) -> Attend:
         return lambda: attention(given["q"], given["k"], given["v"], ranges)
 
-    variants = [Variant(s.subject, lambda: bound("gated_attention", s, attention_inputs(s, window)))]
-    variants += _with_and_without_gate(s, "SDPA per window", per_window, window)
+    variants = [_subject(s, window), *_with_and_without_gate(s, "SDPA per window", per_window, window)]
+    variants += _tiles(s, window)
     shape = f"{clip.name}: {clip.rows} tokens, window {window}"
     flops, nbytes = attention_flops(c, clip, window), attention_bytes(c, clip)
     yield Case("gated_attention", shape, flops, nbytes, tuple(variants))

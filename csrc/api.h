@@ -100,6 +100,7 @@ struct GatedAttentionParams {
     int frame_window;
     bool text_queries;  // false: text rows of out are left alone
     int num_sms;
+    int tile = -1;  // for measurements: the number of a compiled one (attention/tile_config.h); -1: the best
 };
 MAGIHUMAN_API void launch_gated_attention(const GatedAttentionParams& params, Stream stream);
 

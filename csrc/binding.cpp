@@ -90,7 +90,7 @@ void define_attention(py::module_& m) {
         "gated_attention",
         [](Address q, Address k, Address v, Address gate, Address out, int rows, int num_q_heads,
            int num_kv_heads, Address modality_offsets, int tokens_per_frame, int frame_window,
-           bool text_queries, int num_sms, Address stream) {
+           bool text_queries, int num_sms, int tile, Address stream) {
             launch_gated_attention({.q = at(q),
                                     .k = at(k),
                                     .v = at(v),
@@ -103,13 +103,14 @@ void define_attention(py::module_& m) {
                                     .tokens_per_frame = tokens_per_frame,
                                     .frame_window = frame_window,
                                     .text_queries = text_queries,
-                                    .num_sms = num_sms},
+                                    .num_sms = num_sms,
+                                    .tile = tile},
                                    at(stream));
         },
         py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("gate"), py::arg("out"),
         py::arg("m"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("modality_offsets"),
         py::arg("tokens_per_frame"), py::arg("frame_window"), py::arg("text_queries"), py::arg("num_sms"),
-        py::arg("stream"), kWithoutLock);
+        py::arg("tile"), py::arg("stream"), kWithoutLock);
 }
 
 void define_rows(py::module_& m) {

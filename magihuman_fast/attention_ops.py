@@ -19,6 +19,11 @@ AttentionBackend = Literal["gpu", "sim", "reference", "sdpa", "flash_attn"]
 # What replaces the softmax products where a library is asked for by name.
 LIBRARIES = ("sdpa", "flash_attn")
 MAX_RADIUS = 1 << 20
+TILES = (
+    "128x176, pairs",
+    "128x176",
+    "128x128",
+)  # queries x keys; as csrc/attention/tile_config.h numbers them
 
 
 def gated_attention(
@@ -33,6 +38,7 @@ def gated_attention(
     text_queries: bool = True,
     out: torch.Tensor | None = None,
     num_sms: int = 0,
+    tile: str | None = None,
     backend: AttentionBackend | None = None,
 ) -> torch.Tensor:
     """out = bf16(sigmoid(gate) softmax(q kT / sqrt(128)) v), a head of q with key/value head h // (Hq / Hkv).
@@ -46,6 +52,7 @@ def gated_attention(
             not looked at, the kernel takes the rest as a short last frame). frame_window: frames seen on either side,
             0 to 2^20. Given together, with `modality_offsets`.
         text_queries: False leaves the text rows of `out` as they are: nothing reads them after the last layer.
+        tile: one of `TILES` instead of the one that is predicted to be the fastest: for measurements.
         out: (M, Hq, 128) bfloat16, contiguous. A new one holds anything in rows that are not computed.
         backend: beside those of `ops`, "sdpa" and "flash_attn": torch's attention or that of the package flash-attn,
             then the gate, on any device that the library supports. They read the offsets on the host.
@@ -64,6 +71,7 @@ def gated_attention(
     if modality_offsets is not None:
         check_offsets(f"{op}: modality_offsets", modality_offsets, rows, q.device)
     window = _check_window(op, modality_offsets, tokens_per_frame, frame_window, text_queries)
+    require(tile is None or tile in TILES, f"{op}: tile", f"one of {TILES} or None", repr(tile))
     chosen = _choose(op, q, backend)
     if out is None:
         out = torch.empty_like(q)
@@ -77,7 +85,8 @@ def gated_attention(
             heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
             frame, radius = window or (0, 0)
             numbers = {"m": rows, **heads, "tokens_per_frame": frame, "frame_window": radius}
-            launch(chosen, op, tensors, **numbers, text_queries=text_queries, num_sms=num_sms)
+            grid = {"num_sms": num_sms, "tile": -1 if tile is None else TILES.index(tile)}
+            launch(chosen, op, tensors, **numbers, text_queries=text_queries, **grid)
         return out
     offsets = host_ranges(modality_offsets, rows)
     if window is not None:

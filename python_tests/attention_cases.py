@@ -72,12 +72,15 @@ class Problem:
         return tuple(self.tensors[name] for name in ("q", "k", "v", "gate"))
 
 
-def run(p: Problem, backend: ops.AttentionBackend = "sim", seed: int = 0) -> torch.Tensor:
+def run(
+    p: Problem, backend: ops.AttentionBackend = "sim", seed: int = 0, tile: str | None = None
+) -> torch.Tensor:
     """The output of one call, NaN where it wrote nothing."""
     if backend == "sim":
         ops.simulator().set_seed(seed)
     out = torch.full_like(p.tensors["q"], torch.nan)
-    return ops.gated_attention(*p.inputs, **p.options, num_sms=p.num_sms, out=out, backend=backend)
+    options = {**p.options, "num_sms": p.num_sms, "tile": tile}
+    return ops.gated_attention(*p.inputs, **options, out=out, backend=backend)
 
 
 def visible(p: Problem, rows: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 
 from attention_cases import FULL, WINDOW, Problem, check, expected, run, visible
 from magihuman_fast import attention_ops, ops
-from sim_library import TEXT
+from magihuman_fast.attention_ops import TILES
+from sim_library import CSRC, TEXT
 
 CASES = [pytest.param(case, id=f"full: {name}") for name, case in FULL.items()]
 CASES += [pytest.param(case, id=f"window: {name}") for name, case in WINDOW.items()]
-SCHEDULES = {"128x176": 50, "128x128": 16}
+SCHEDULES = {"128x176, pairs": 50, "128x176": 16, "128x128": 16}
+PAIRS = TILES[0]
 BUGS = (
     "none",
     "no key wait",
     "no value wait",
     "no query wait",
+    "no peer release",
     "early release",
     "early queries",
     "early weights",
@@ -39,6 +43,7 @@ class GatedAttentionParams(ctypes.Structure):
         ("frame_window", ctypes.c_int),
         ("text_queries", ctypes.c_bool),
         ("num_sms", ctypes.c_int),
+        ("tile", ctypes.c_int),
     )
 
 
@@ -46,7 +51,7 @@ def run_tile(
     attention_library: ctypes.CDLL,
     p: Problem,
     *,
-    wide: bool,
+    tile: str = PAIRS,
     seed: int,
     bug: str = "none",
     out: torch.Tensor | None = None,
@@ -58,10 +63,10 @@ def run_tile(
         *(tensor.data_ptr() for tensor in (*p.inputs, out)),
         *(len(out), *p.heads, t["modality_offsets"].data_ptr()),
         *(p.window or (0, 0)),
-        *(p.text_queries, p.num_sms),
+        *(p.text_queries, p.num_sms, TILES.index(tile)),
     )
     error = ctypes.create_string_buffer(TEXT)
-    arguments = (BUGS.index(bug), int(wide), ctypes.byref(params), ctypes.c_uint64(seed), error)
+    arguments = (BUGS.index(bug), ctypes.byref(params), ctypes.c_uint64(seed), error)
     return error.value.decode() if attention_library.sim_broken_attention(*arguments) else out
 
 
@@ -71,7 +76,7 @@ def test_against_float64(attention_library: ctypes.CDLL, case: dict[str, Any], t
     problem = Problem(**case)
     first = None
     for seed in range(SCHEDULES[tile]):
-        out = run_tile(attention_library, problem, wide=tile == "128x176", seed=seed)
+        out = run_tile(attention_library, problem, tile=tile, seed=seed)
         assert isinstance(out, torch.Tensor), out
         if first is None:
             first = out
@@ -86,6 +91,24 @@ def test_operation(case: dict[str, Any]) -> None:
         check(problem, run(problem, backend))
 
 
+def test_every_tile_is_compiled_and_named() -> None:
+    header = (CSRC / "attention" / "tile_config.h").read_text()
+    assert tuple(re.findall(r'\{"([^"]+)", \d+', header))[: len(TILES)] == TILES
+    assert f"kCompiledAttentionTiles = {len(TILES)};" in header
+    problem = Problem((300, 3, 4), heads=(2, 1))
+    for tile in TILES:
+        check(problem, run(problem, tile=tile))
+    with pytest.raises(ValueError, match=r"gated_attention: tile: expected one of .* or None, got 'big'"):
+        run(problem, tile="big")
+
+
+def test_pairs_need_two_multiprocessors() -> None:
+    problem = Problem((300, 3, 4), num_sms=1)
+    check(problem, run(problem))  # another tile is chosen
+    with pytest.raises(ValueError, match="gated_attention: num_sms: expected at least 2 for pairs, got 1"):
+        run(problem, tile=PAIRS)
+
+
 @pytest.mark.parametrize("scale", [15.0, 48.0])
 @pytest.mark.parametrize("window", [None, (100, 1)])
 def test_extreme_logits(attention_library: ctypes.CDLL, scale: float, window: tuple[int, int] | None) -> None:
@@ -94,8 +117,8 @@ def test_extreme_logits(attention_library: ctypes.CDLL, scale: float, window: tu
     q, k = (problem.tensors[name][: problem.live, 0].double() for name in "qk")
     largest = (q @ k.T).abs().max() / 128**0.5
     assert largest > 4.5 * scale**2, "the logits are meant to be extreme: over 1000, and over 10000"
-    for wide in (True, False):
-        out = run_tile(attention_library, problem, wide=wide, seed=3)
+    for tile in TILES:
+        out = run_tile(attention_library, problem, tile=tile, seed=3)
         assert isinstance(out, torch.Tensor), out
         assert out[rows].isfinite().all()
         check(problem, out)
@@ -127,7 +150,7 @@ def test_offsets_that_do_not_fit_are_cut(
         out = torch.full_like(problem.tensors["q"], torch.nan)
         attention_library.sim_register(ctypes.c_void_p(out.data_ptr()), ctypes.c_size_t(out.nbytes), b"out")
         try:
-            got = run_tile(attention_library, problem, wide=True, seed=0, out=out)
+            got = run_tile(attention_library, problem, seed=0, out=out)
         finally:
             attention_library.sim_clear()
         assert isinstance(got, torch.Tensor), got
@@ -161,11 +184,11 @@ def test_nan_stays_in_its_row_and_head() -> None:
 def test_grid_of_any_size() -> None:
     problem = Problem((260, 3, 4), heads=(5, 1))
     outs = []
-    for num_sms in (1, 2, 7, 100):
+    for num_sms in (1, 2, 3, 7, 100):
         problem.num_sms = num_sms
-        outs.append(run(problem, seed=num_sms)[: problem.live])
-    check(problem, torch.nn.functional.pad(outs[0], (0, 0, 0, 0, 0, problem.spare), value=torch.nan))
-    assert all(torch.equal(out, outs[0]) for out in outs)
+        outs.append(run(problem, seed=num_sms, tile=None if num_sms < 2 else TILES[0])[: problem.live])
+    check(problem, torch.nn.functional.pad(outs[1], (0, 0, 0, 0, 0, problem.spare), value=torch.nan))
+    assert all(torch.equal(out, outs[1]) for out in outs[1:])
 
 
 def test_without_offsets_all_rows_are_used() -> None:
@@ -207,9 +230,9 @@ def test_truth_is_the_reference_rule() -> None:
 
 
 def test_nothing_is_found_without_a_bug_and_much_work(attention_library: ctypes.CDLL) -> None:
-    problem = Problem((700, 10, 40), heads=(4, 2), window=(100, 1), num_sms=3)
+    problem = Problem((700, 10, 40), heads=(4, 2), window=(100, 1), num_sms=4)
     for seed in range(16):
-        out = run_tile(attention_library, problem, wide=True, seed=seed)
+        out = run_tile(attention_library, problem, seed=seed)
         assert isinstance(out, torch.Tensor), out
         if seed == 0:
             check(problem, out)
@@ -222,14 +245,15 @@ def test_nothing_is_found_without_a_bug_and_much_work(attention_library: ctypes.
         ("no value wait", ("read before arrival", "un-waited work", "phase overrun")),
         ("no query wait", ("read before arrival", "un-waited work", "phase overrun")),
         # Its consequences too: the first is the mistake itself.
+        ("no peer release", ("deadlock", "early overwrite")),
         ("early release", ("early overwrite", "read before arrival", "phase overrun", "deadlock")),
         ("early queries", ("early overwrite", "read before arrival", "phase overrun", "deadlock")),
         ("early weights", ("register use in flight",)),
     ],
 )
 def test_planted_bug_is_found(attention_library: ctypes.CDLL, bug: str, kinds: tuple[str, ...]) -> None:
-    problem = Problem((700, 10, 40), heads=(2, 1), num_sms=1)
-    found = [run_tile(attention_library, problem, wide=True, seed=seed, bug=bug) for seed in range(16)]
+    problem = Problem((700, 10, 40), heads=(2, 1), num_sms=2)
+    found = [run_tile(attention_library, problem, seed=seed, bug=bug) for seed in range(16)]
     messages = [message for message in found if isinstance(message, str)]
     assert any(message.startswith(kinds[0]) for message in messages)
     for message in messages:
@@ -240,7 +264,7 @@ def test_planted_bug_is_found(attention_library: ctypes.CDLL, bug: str, kinds: t
 @pytest.mark.parametrize("case", [{"rows": (190, 0, 0)}, {"rows": (300, 9, 14), "window": (100, 0)}])
 def test_missing_mask_is_found(attention_library: ctypes.CDLL, case: dict[str, Any]) -> None:
     problem = Problem(**case)
-    out = run_tile(attention_library, problem, wide=True, seed=0, bug="no mask")
+    out = run_tile(attention_library, problem, seed=0, bug="no mask")
     assert isinstance(out, torch.Tensor), out
     with pytest.raises(AssertionError, match="over twice"):
         check(problem, out)

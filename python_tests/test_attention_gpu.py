@@ -9,6 +9,7 @@ import torch
 
 from attention_cases import FULL, WINDOW, Problem, check, run
 from magihuman_fast import ops
+from magihuman_fast.attention_ops import TILES
 from workload import CLIPS, FRAME_WINDOW, Tokens
 
 pytestmark = pytest.mark.gpu
@@ -57,19 +58,29 @@ def check_model(p: Problem) -> None:
 
 
 # On all multiprocessors a block has one unit to do, on one or two it has several, of different lengths.
-@pytest.mark.parametrize("num_sms", [0, 1, 2])
+@pytest.mark.parametrize("num_sms", [0, 2])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", CASES)
-def test_edge_cases(case: dict[str, Any], num_sms: int) -> None:
+def test_edge_cases(case: dict[str, Any], tile: str, num_sms: int) -> None:
     problem = Problem(**case, device="cuda", num_sms=num_sms)
-    check(problem, run(problem, "gpu"))
+    check(problem, run(problem, "gpu", tile=tile))
 
 
-@pytest.mark.parametrize("rows", [(100, 0, 0), (128, 0, 0), (1000, 40, 300)])
-@pytest.mark.parametrize("num_sms", [3, 0])
-def test_many_units_a_block(rows: tuple[int, int, int], num_sms: int) -> None:
-    # One key tile each of the smaller and of the larger kind, and many: 40 to 440 units.
+@pytest.mark.parametrize("rows", [(100, 0, 0), (170, 0, 0), (1000, 40, 300)])
+@pytest.mark.parametrize("num_sms", [4, 0])
+@pytest.mark.parametrize("tile", TILES)
+def test_many_units_a_block(rows: tuple[int, int, int], tile: str, num_sms: int) -> None:
+    # Of one key tile each, and of many: 40 to 440 query tiles.
     problem = Problem(rows, heads=(40, 8), device="cuda", num_sms=num_sms)
-    check(problem, run(problem, "gpu"))
+    check(problem, run(problem, "gpu", tile=tile))
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_tiles_agree_at_the_models_size(window: bool) -> None:
+    p = model_problem(CLIPS["256p"], window)
+    rows = sampled(p)
+    for tile in TILES:
+        check(p, run(p, "gpu", tile=tile), run(p, "sdpa"), rows)
 
 
 def test_without_offsets_all_rows_are_used() -> None:

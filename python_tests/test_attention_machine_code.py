@@ -10,7 +10,8 @@ from machine_code import CSRC, Kernel, compile_kernels, registers_of
 
 # Keys of a tile by the configuration's name. Threads share 65536 registers: 384 of them start with 168 each; then one
 # warpgroup keeps 40 and two take 232.
-TILES = {"TileConfig<176, 4>": 176, "TileConfig<128, 6>": 128}
+TILES = {"TileConfig<176, 4, 2>": 176, "TileConfig<176, 4, 1>": 176, "TileConfig<128, 6, 1>": 128}
+PAIRS = "TileConfig<176, 4, 2>"
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
 HEAD = 128
 
@@ -69,7 +70,19 @@ def test_products_and_copies(kernels: dict[str, Kernel], tile: str) -> None:
     assert outputs == [str(HEAD)] * (2 * keys // 16)
     assert len(re.findall(r"HGMMA", code)) == len(scores) + len(outputs)
     assert re.search(r"UTMALDG\.3D ", code)
+    # Of k0, k1 .., v0 ..: the half that this block fetches for both.
+    multicasts = re.findall(r"UTMALDG\.3D\.MULTICAST ", code)
+    assert bool(multicasts) == (tile == PAIRS)
+    assert bool(re.search(r"SYNCS\.ARRIVE\.TRANS64\.RED", code)) == (tile == PAIRS)
     assert re.search(r"STG\.E\.128 ", code)
+
+
+def test_no_fence_before_remote_arrivals(kernels: dict[str, Kernel]) -> None:
+    # A fence of the whole device before each release would stall every key tile.
+    code = kernels[PAIRS].instructions
+    arrivals = [i for i, line in enumerate(code) if "SYNCS.ARRIVE" in line]
+    assert arrivals
+    assert not any("MEMBAR" in line for i in arrivals for line in code[max(i - 6, 0) : i])
 
 
 @pytest.mark.parametrize("tile", TILES)

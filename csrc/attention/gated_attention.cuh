@@ -2,7 +2,8 @@
 //   q  bf16 [M, Hq, 128]     k, v  bf16 [M, Hkv, 128]     gate  float32 [M, Hq]     o  bf16 [M, Hq, 128]
 // Every row sees every row, or video rows see a window of frames (schedule.h). Softmax and sums in float32.
 //
-// Persistent blocks of three warpgroups; a unit of work is one tile of 128 queries of one head:
+// Persistent blocks of three warpgroups, alone or in pairs that share keys and values (schedule.h); a block's part of a
+// unit of work is one tile of 128 queries of one head:
 //   producer   one thread copies the queries, then key and value tiles in the order in which they are used:
 //              k0, k1, v0, k2, v1, .., running ahead into the next unit
 //   consumer   two warpgroups, 64 queries each. Scores s = q kT, running softmax, o += p v with p from registers
@@ -29,22 +30,23 @@ namespace magihuman::attention {
 // Mistakes that tests plant to see the simulator find them.
 enum class Bug {
     kNone,
-    kNoKeyWait,     // scores do not wait for their keys
-    kNoValueWait,   // p v does not wait for its values
-    kNoQueryWait,   // scores do not wait for their queries
-    kEarlyRelease,  // a value tile is freed while products read it
-    kEarlyQueries,  // the next unit's queries may overwrite these while products read them
-    kEarlyWeights,  // p is overwritten while products read it
-    kNoMask         // keys before a span are not masked
+    kNoKeyWait,      // scores do not wait for their keys
+    kNoValueWait,    // p v does not wait for its values
+    kNoQueryWait,    // scores do not wait for their queries
+    kNoPeerRelease,  // slots are freed in the warpgroup's own block only
+    kEarlyRelease,   // a value tile is freed while products read it
+    kEarlyQueries,   // the next unit's queries may overwrite these while products read them
+    kEarlyWeights,   // p is overwritten while products read it
+    kNoMask          // keys before a span are not masked
 };
 
 constexpr int kHead = 128;
 constexpr uint32_t kRowBytes = 128;  // half of a head: the swizzle span
 
 // A compiled tile; at most 227 KB.
-template <int kTileN, int kRingSlots>
+template <int kTileN, int kRingSlots, int kBlocks>
 struct TileConfig {
-    static constexpr int kBlockN = kTileN, kSlots = kRingSlots;
+    static constexpr int kBlockN = kTileN, kSlots = kRingSlots, kCluster = kBlocks;
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
     static constexpr uint32_t kQueryBoxBytes = 64 * kRowBytes, kQueryBytes = 2 * kQueryBoxBytes;
     static constexpr uint32_t kSlotBoxBytes = kTileN * kRowBytes, kSlotBytes = 2 * kSlotBoxBytes;
@@ -67,48 +69,19 @@ struct KernelParams {
     bool text_queries;
 };
 
-// Where the unit's tile is and whose.
-struct Unit {
-    QueryTile tile;
-    int q_head, kv_head;
-};
+HOPPER_INLINE Tokens tokens_of(const KernelParams& p) {
+    const ModalityRanges ranges = load_ranges(p.modality_offsets, p.m);
+    return {ranges.first_audio, ranges.rows, p.text_queries ? ranges.rows : ranges.first_text,
+            p.tokens_per_frame, p.frame_window};
+}
 
-// Units of one kv head follow one another, and of one query tile its heads: blocks that run together read the same
-// keys and values, which then lie in L2.
-class Units {
-  public:
-    HOPPER_INLINE explicit Units(const KernelParams& p)
-        : tokens_(tokens_of(p)),
-          schedule_(tokens_),
-          kv_heads_(p.num_kv_heads),
-          group_(p.num_q_heads / p.num_kv_heads) {}
-
-    HOPPER_INLINE int count() const { return schedule_.tiles() * group_ * kv_heads_; }
-    HOPPER_INLINE const Tokens& tokens() const { return tokens_; }
-
-    HOPPER_INLINE Unit get(int index) const {
-        const int per_kv_head = schedule_.tiles() * group_, kv_head = index / per_kv_head;
-        const int rest = index - kv_head * per_kv_head, tile = rest / group_;
-        return {schedule_.tile(tile), kv_head * group_ + rest - tile * group_, kv_head};
-    }
-
-  private:
-    HOPPER_INLINE static Tokens tokens_of(const KernelParams& p) {
-        const ModalityRanges ranges = load_ranges(p.modality_offsets, p.m);
-        return {ranges.first_audio, ranges.rows, p.text_queries ? ranges.rows : ranges.first_text,
-                p.tokens_per_frame, p.frame_window};
-    }
-
-    Tokens tokens_;
-    Schedule schedule_;
-    int kv_heads_, group_;
-};
-
-// The unit that this block takes in one round. Every other round is dealt out backwards: units grow shorter along the
-// list, and whoever had the longest of one round gets the shortest of the next.
+// The unit that this block's cluster takes in one round. Every other round is dealt out backwards: units grow shorter
+// along the list, and whoever had the longest of one round gets the shortest of the next.
+template <typename Config>
 HOPPER_INLINE int dealt(int round) {
-    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+    const int clusters = static_cast<int>(gridDim.x) / Config::kCluster;
+    const int cluster = static_cast<int>(blockIdx.x) / Config::kCluster;
+    return round * clusters + (round % 2 == 0 ? cluster : clusters - 1 - cluster);
 }
 
 // The block's shared memory, and this thread's place in the ring.
@@ -121,7 +94,7 @@ class Shared {
     HOPPER_INLINE void initialise() {
         for (int i = 0; i < Config::kSlots; ++i) {
             mbarrier_init(full(i), 1, "full_barrier", i);
-            mbarrier_init(empty(i), Config::kConsumers, "empty_barrier", i);
+            mbarrier_init(empty(i), Config::kConsumers * Config::kCluster, "empty_barrier", i);
         }
         for (int i = 0; i < Config::kConsumers; ++i) {
             mbarrier_init(queries_full(i), 1, "queries_full_barrier", i);
@@ -158,21 +131,31 @@ class Shared {
 
 // --- producer ---------------------------------------------------------------------------------------------
 
+// A key or value tile. In a unit whose blocks need the same ones each fetches one half of the head, for both: so a slot
+// is free only once the consumers of both blocks say so.
 template <typename Config>
-HOPPER_INLINE void load_tile(Shared<Config>& shared, const TensorMap* map, int head, int row) {
+HOPPER_INLINE void load_tile(Shared<Config>& shared, const TensorMap* map, const Assignment& unit, int row,
+                             int rank) {
+    constexpr uint16_t kBoth = 3;
     const int slot = shared.slot;
     mbarrier_wait(shared.empty(slot), shared.phase ^ 1);
     mbarrier_arrive_expect_tx(shared.full(slot), Config::kSlotBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        tma_load(shared.tile(slot) + half * Config::kSlotBoxBytes, map, shared.full(slot), CacheHint::kNormal,
-                 half * (kHead / 2), head, row);
+        uint8_t* to = shared.tile(slot) + half * Config::kSlotBoxBytes;
+        const int column = half * (kHead / 2);
+        if (Config::kCluster == 1 || !unit.shared) {
+            tma_load(to, map, shared.full(slot), CacheHint::kNormal, column, unit.kv_head, row);
+        } else if (half == rank) {
+            tma_load_multicast(to, map, shared.full(slot), kBoth, CacheHint::kNormal, column, unit.kv_head,
+                               row);
+        }
     }
     shared.advance();
 }
 
 template <typename Config>
-HOPPER_INLINE void load_queries(Shared<Config>& shared, const TensorMap* map, const Unit& unit,
+HOPPER_INLINE void load_queries(Shared<Config>& shared, const TensorMap* map, const Assignment& unit,
                                 int consumer) {
     Barrier* full = shared.queries_full(consumer);
     mbarrier_wait(shared.queries_empty(consumer), shared.query_phase ^ 1);
@@ -186,15 +169,15 @@ HOPPER_INLINE void load_queries(Shared<Config>& shared, const TensorMap* map, co
 
 // One thread: everything that one unit reads.
 template <typename Config>
-HOPPER_INLINE void produce(const KernelParams& p, Shared<Config>& shared, const Unit& unit) {
+HOPPER_INLINE void produce(const KernelParams& p, Shared<Config>& shared, const Assignment& unit, int rank) {
     const int tiles = unit.tile.key_tiles(Config::kBlockN);
     // The first warpgroup's queries and keys first: the second one may still need its old queries.
     load_queries(shared, &p.q, unit, 0);
-    load_tile(shared, &p.k, unit.kv_head, unit.tile.key_start(0, Config::kBlockN));
+    load_tile(shared, &p.k, unit, unit.tile.key_start(0, Config::kBlockN), rank);
     load_queries(shared, &p.q, unit, 1);
     for (int j = 0; j < tiles; ++j) {
-        if (j + 1 < tiles) load_tile(shared, &p.k, unit.kv_head, unit.tile.key_start(j + 1, Config::kBlockN));
-        load_tile(shared, &p.v, unit.kv_head, unit.tile.key_start(j, Config::kBlockN));
+        if (j + 1 < tiles) load_tile(shared, &p.k, unit, unit.tile.key_start(j + 1, Config::kBlockN), rank);
+        load_tile(shared, &p.v, unit, unit.tile.key_start(j, Config::kBlockN), rank);
     }
     shared.query_phase ^= 1;
 }
@@ -232,7 +215,7 @@ HOPPER_INLINE void multiply_values(float (&o)[kHead / 2], const uint32_t (&p)[Co
 // such blocks are transposed within the quad, so that each lane stores 16 bytes and the quad whole sectors. Shared
 // memory for a copy by the engine would be the queries', which the next unit waits for.
 HOPPER_INLINE void store(const KernelParams& p, const float (&o)[kHead / 2], const float (&factor)[2],
-                         const Unit& unit, int row) {
+                         const Assignment& unit, int row) {
     const uint32_t lane = lane_id(), quad_lane = lane % 4;
     const bool odd = quad_lane % 2 != 0, upper = quad_lane >= 2;
 #pragma unroll
@@ -272,7 +255,7 @@ HOPPER_INLINE void give_turn(int consumer) {
 
 // One unit by one warpgroup.
 template <typename Config>
-HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const Unit& unit,
+HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const Assignment& unit,
                           const Tokens& tokens, int consumer) {
     constexpr int kN = Config::kBlockN;
     const int tiles = unit.tile.key_tiles(kN);
@@ -290,7 +273,13 @@ HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const U
         if (!skip) mbarrier_wait(shared.full(shared.slot), shared.phase);
     };
     const auto release = [&](int slot) {
-        if (leader) mbarrier_arrive(shared.empty(slot));
+        if constexpr (Config::kCluster == 1 || Config::kBug == Bug::kNoPeerRelease) {
+            if (leader) mbarrier_arrive(shared.empty(slot));
+        } else {
+            if (threadIdx.x % 128 < Config::kCluster) {
+                mbarrier_arrive_cluster(shared.empty(slot), threadIdx.x % 128);
+            }
+        }
     };
     const auto release_queries = [&] {
         if (leader) mbarrier_arrive(shared.queries_empty(consumer));
@@ -372,8 +361,10 @@ HOPPER_INLINE void attend(const KernelParams& p, Shared<Config>& shared, const U
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     gated_attention_sm90(const __grid_constant__ KernelParams p) {
+    constexpr bool kPaired = Config::kCluster > 1;
     Shared<Config> shared(dynamic_shared_memory());
     const uint32_t warp = warp_id();
+    const int rank = kPaired ? static_cast<int>(cluster_rank()) : 0;
     if (warp == 0 && elect_one()) {
         role("setup");
         tma_prefetch_map(&p.q);
@@ -381,15 +372,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         tma_prefetch_map(&p.v);
         shared.initialise();
     }
-    block_sync();
+    if constexpr (kPaired) {
+        cluster_sync();
+    } else {
+        block_sync();
+    }
 
-    const Units units(p);
-    const int count = units.count();
+    const Tokens tokens = tokens_of(p);
+    const Schedule<Config::kCluster> schedule(tokens, p.num_q_heads, p.num_kv_heads);
+    const int units = schedule.units();
     if (warp < 4) {
         role("producer");
         registers_release<Config::kProducerRegisters>();
         if (warp == 0 && elect_one()) {
-            for (int round = 0; dealt(round) < count; ++round) produce(p, shared, units.get(dealt(round)));
+            for (int round = 0; dealt<Config>(round) < units; ++round) {
+                produce(p, shared, schedule.get(dealt<Config>(round), rank), rank);
+            }
         }
         warp_sync();
     } else {
@@ -398,10 +396,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int consumer = static_cast<int>(warp) / 4 - 1;
         // The first warpgroup begins.
         if (consumer == 1) give_turn<Config>(consumer);
-        for (int round = 0; dealt(round) < count; ++round) {
-            attend(p, shared, units.get(dealt(round)), units.tokens(), consumer);
+        for (int round = 0; dealt<Config>(round) < units; ++round) {
+            attend(p, shared, schedule.get(dealt<Config>(round), rank), tokens, consumer);
         }
     }
+    // A peer may still free slots of this block or copy into them.
+    if constexpr (kPaired) cluster_sync();
 }
 
 }  // namespace magihuman::attention

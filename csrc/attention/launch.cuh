@@ -11,8 +11,10 @@
 
 namespace magihuman::attention {
 
-using WideTile = TileConfig<176, 4>;
-using SquareTile = TileConfig<128, 6>;
+// In the order of kAttentionTiles.
+using PairedTile = TileConfig<176, 4, 2>;
+using WideTile = TileConfig<176, 4, 1>;
+using SquareTile = TileConfig<128, 6, 1>;
 
 inline void check_problem(const GatedAttentionParams& p) {
     const Arguments check("gated_attention");
@@ -30,6 +32,8 @@ inline void check_problem(const GatedAttentionParams& p) {
     check.require((p.tokens_per_frame == 0 && p.text_queries) || p.modality_offsets != nullptr,
                   "modality_offsets", "offsets where rows differ by modality", 0);
     check.require(p.num_sms >= 0, "num_sms", "0 or more", p.num_sms);
+    check.require(p.tile >= -1 && p.tile < kCompiledAttentionTiles, "tile",
+                  "-1 or the number of a compiled one", p.tile);
     check.require_pointer(p.q, "q", 16);
     check.require_pointer(p.k, "k", 16);
     check.require_pointer(p.v, "v", 16);
@@ -38,10 +42,16 @@ inline void check_problem(const GatedAttentionParams& p) {
 }
 
 // How many rows there are, and whose, is known on the device only: the capacity stands for them.
-inline std::vector<AttentionTileVerdict> verdicts_for(const GatedAttentionParams& p) {
+// The number of the tile in kAttentionTiles.
+inline int chosen_tile(const GatedAttentionParams& p) {
+    if (p.tile >= 0) return p.tile;
     const int64_t window = (2 * int64_t{p.frame_window} + 1) * p.tokens_per_frame;
     const int64_t keys = p.tokens_per_frame == 0 ? p.m : std::min<int64_t>(window, p.m);
-    return choose_attention_tile({p.m, p.num_q_heads, keys, static_cast<int>(processors(p.num_sms))});
+    const auto verdicts =
+        choose_attention_tile({p.m, p.num_q_heads, keys, static_cast<int>(processors(p.num_sms))});
+    const auto chosen =
+        std::find_if(verdicts.begin(), verdicts.end(), [](const auto& v) { return v.chosen; });
+    return static_cast<int>(chosen - verdicts.begin());
 }
 
 template <typename Config>
@@ -72,10 +82,13 @@ void run_with_tile(const GatedAttentionParams& p, Stream stream) {
                               p.text_queries};
     // Video rows that end inside a tile add at most one tile.
     const int64_t most_units = (int64_t{p.m} + 2 * kBlockM - 1) / kBlockM * p.num_q_heads;
-    const auto blocks = std::min<int64_t>(processors(p.num_sms), most_units);
+    const auto num_sms = static_cast<int64_t>(processors(p.num_sms));
+    Arguments("gated_attention")
+        .require(num_sms >= Config::kCluster, "num_sms", "at least 2 for pairs", num_sms);
+    const auto clusters = std::min<int64_t>(num_sms / Config::kCluster, most_units);
     launch(gated_attention_sm90<Config>,
-           {"gated_attention", dim3(static_cast<uint32_t>(blocks)), Config::kThreads, 1, Config::kSharedBytes,
-            reinterpret_cast<cudaStream_t>(stream)},
+           {"gated_attention", dim3(static_cast<uint32_t>(clusters) * Config::kCluster), Config::kThreads,
+            Config::kCluster, Config::kSharedBytes, reinterpret_cast<cudaStream_t>(stream)},
            params);
 }
 

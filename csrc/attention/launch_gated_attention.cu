@@ -5,11 +5,13 @@ namespace magihuman {
 
 void launch_gated_attention(const GatedAttentionParams& params, Stream stream) {
     attention::check_problem(params);
-    const auto verdicts = attention::verdicts_for(params);
-    if (verdicts[0].chosen) {
-        attention::run_with_tile<attention::WideTile>(params, stream);
-    } else {
-        attention::run_with_tile<attention::SquareTile>(params, stream);
+    switch (attention::chosen_tile(params)) {
+        case 0:
+            return attention::run_with_tile<attention::PairedTile>(params, stream);
+        case 1:
+            return attention::run_with_tile<attention::WideTile>(params, stream);
+        default:
+            return attention::run_with_tile<attention::SquareTile>(params, stream);
     }
 }
 

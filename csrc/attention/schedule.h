@@ -1,8 +1,8 @@
 // Which query tile visits which key tiles: pure functions, the same in every role and on the host.
 //
-// Queries go in tiles of kBlockM rows. Full attention: one list of tiles, each sees the keys [0, rows).
-// Frame window: tiles of video rows, and after them tiles of audio and text rows, which see everything. A video
-// tile whose rows lie in the frames f0 .. f1 sees two spans of keys in one softmax,
+// Queries go in tiles of kBlockM rows. Full attention: every tile sees the keys [0, rows). Frame window: there are
+// tiles of video rows, and tiles of audio and text rows, which see everything. A video tile (or pair of them) whose
+// rows lie in the frames f0 .. f1 sees two spans of keys in one softmax,
 //   the video rows of the frames f0 - radius .. f1 + radius, clipped, and the audio and text rows,
 // or one span where they touch and no row's window ends before them.
 //
@@ -36,7 +36,7 @@ struct Tokens {
 
 // One tile of queries and what it visits. Spans may be empty.
 struct QueryTile {
-    int row, end;       // rows
+    int row, end;       // rows; none where they are equal
     KeySpan near, far;  // the video window (or everything), audio and text
     KeySpan common;     // of `near`, the keys that all rows of the tile see
     bool windowed;      // rows differ in what they see of `near`
@@ -68,42 +68,85 @@ struct QueryTile {
     }
 };
 
-// All tiles, the long ones first.
+// What one block does in one unit of work: a query tile of one head.
+struct Assignment {
+    QueryTile tile;  // without rows where the block only helps its pair
+    int q_head, kv_head;
+    bool shared;  // the unit's blocks visit the same tiles of the same keys and values
+};
+
+// All units, each for a cluster of kCluster blocks: a pair, or one block alone. The blocks of a unit visit equally many
+// key tiles, and but for one kind the same ones, so that each fetches half of them for both:
+//   1. of the tiles that see everything any two of one kv head, whatever their rows and query heads. Where a kv head
+//      has an odd one left, those of two kv heads make a unit that shares nothing;
+//   2. of video tiles two neighbours, whose windows are then taken together.
+// Long ones first, but kv head after kv head: blocks that run together read the same keys and values, which then lie
+// in L2.
+template <int kCluster>
 class Schedule {
   public:
-    __host__ __device__ explicit Schedule(const Tokens& tokens) : tokens_(tokens) {
-        video_tiles_ = tokens.frame == 0 ? 0 : (tokens.video + kBlockM - 1) / kBlockM;
-        first_other_ = tokens.frame == 0 ? 0 : tokens.video;
-        other_tiles_ = (max(tokens.queries - first_other_, 0) + kBlockM - 1) / kBlockM;
+    __host__ __device__ Schedule(const Tokens& tokens, int q_heads, int kv_heads)
+        : tokens_(tokens), kv_heads_(kv_heads), group_(q_heads / kv_heads) {
+        const bool windowed = tokens.frame > 0;
+        first_other_ = windowed ? tokens.video : 0;
+        const int others = (max(tokens.queries - first_other_, 0) + kBlockM - 1) / kBlockM;
+        entries_ = others * group_;
+        odd_units_ = entries_ % kCluster > 0 ? (kv_heads + kCluster - 1) / kCluster : 0;
+        video_tiles_ = windowed ? (tokens.video + kUnitRows - 1) / kUnitRows : 0;
+        per_kv_head_ = entries_ / kCluster + video_tiles_ * group_;
     }
 
-    __host__ __device__ int tiles() const { return other_tiles_ + video_tiles_; }
+    __host__ __device__ int units() const { return odd_units_ + per_kv_head_ * kv_heads_; }
 
-    // `index`: 0 .. tiles() - 1.
-    __host__ __device__ QueryTile tile(int index) const {
-        const int rows = tokens_.rows;
-        if (index < other_tiles_) {
-            const int row = first_other_ + index * kBlockM;
-            return {row, min(row + kBlockM, tokens_.queries), {0, rows}, {rows, rows}, {0, rows}, false};
+    // `unit`: 0 .. units() - 1. `rank`: of the block in its cluster.
+    __host__ __device__ Assignment get(int unit, int rank) const {
+        if (unit < odd_units_) {
+            const int kv_head = unit * kCluster + rank, last = kv_heads_ - 1;
+            Assignment found = other(entries_ - 1, min(kv_head, last));
+            found.shared = unit * kCluster == last;
+            if (kv_head > last) found.tile.row = found.tile.end;
+            return found;
         }
+        unit -= odd_units_;
+        const int kv_head = unit / per_kv_head_, rest = unit - kv_head * per_kv_head_;
+        if (rest < entries_ / kCluster) return other(rest * kCluster + rank, kv_head);
+        const int video = rest - entries_ / kCluster, order = video / group_;
         // From the middle of the clip outwards: windows at its ends are shorter.
-        const int i = index - other_tiles_, middle = (video_tiles_ - 1) / 2;
-        const int row = (i % 2 == 1 ? middle + (i + 1) / 2 : middle - i / 2) * kBlockM;
-        const int end = min(row + kBlockM, tokens_.video);
-        const int first = row / tokens_.frame, last = (end - 1) / tokens_.frame;
-        QueryTile tile{row, end, tokens_.window(first, last), {tokens_.video, rows}, {0, 0}, first != last};
-        tile.common = {tokens_.window(last, last).begin, tokens_.window(first, first).end};
-        if (tile.common.end == tokens_.video) {
-            // No row's window ends before the audio rows: go on into them.
-            tile.near.end = tile.common.end = rows;
-            tile.far.begin = rows;
-        }
-        return tile;
+        const int middle = (video_tiles_ - 1) / 2;
+        const int tile = order % 2 == 1 ? middle + (order + 1) / 2 : middle - order / 2;
+        return {video_tile(tile, rank), kv_head * group_ + video - order * group_, kv_head, true};
     }
 
   private:
+    static constexpr int kUnitRows = kBlockM * kCluster;
+
+    // Entries are query tiles, for each the query heads of one kv head.
+    __host__ __device__ Assignment other(int entry, int kv_head) const {
+        const int tile = entry / group_, row = first_other_ + tile * kBlockM, rows = tokens_.rows;
+        return {{row, min(row + kBlockM, tokens_.queries), {0, rows}, {rows, rows}, {0, rows}, false},
+                kv_head * group_ + entry - tile * group_,
+                kv_head,
+                true};
+    }
+
+    __host__ __device__ QueryTile video_tile(int tile, int rank) const {
+        const int begin = tile * kUnitRows, end = min(begin + kUnitRows, tokens_.video);
+        const int first = begin / tokens_.frame, last = (end - 1) / tokens_.frame, rows = tokens_.rows;
+        const int row = min(begin + rank * kBlockM, end);
+        QueryTile found{
+            row,          min(row + kBlockM, end), tokens_.window(first, last), {tokens_.video, rows}, {0, 0},
+            first != last};
+        found.common = {tokens_.window(last, last).begin, tokens_.window(first, first).end};
+        if (found.common.end == tokens_.video) {
+            // No row's window ends before the audio rows: go on into them.
+            found.near.end = found.common.end = rows;
+            found.far.begin = rows;
+        }
+        return found;
+    }
+
     Tokens tokens_;
-    int video_tiles_, first_other_, other_tiles_;
+    int kv_heads_, group_, first_other_, entries_, odd_units_, video_tiles_, per_kv_head_;
 };
 
 }  // namespace magihuman::attention

@@ -19,13 +19,16 @@ namespace magihuman {
 
 struct AttentionTileShape {
     const char* name;
-    int block_m, block_n, slots;  // slots: key or value tiles in the ring
+    int block_m, block_n, slots, cluster;  // slots: key or value tiles in the ring
 };
 
-// Every tile that was considered; the first two are compiled, the first one preferred at equal cost.
-constexpr AttentionTileShape kAttentionTiles[] = {
-    {"128x176", 128, 176, 4}, {"128x128", 128, 128, 6}, {"128x192", 128, 192, 4}, {"192x128", 192, 128, 4}};
-constexpr int kCompiledAttentionTiles = 2;
+// Every tile that was considered; the first three are compiled, the first one preferred at equal cost.
+constexpr AttentionTileShape kAttentionTiles[] = {{"128x176, pairs", 128, 176, 4, 2},
+                                                  {"128x176", 128, 176, 4, 1},
+                                                  {"128x128", 128, 128, 6, 1},
+                                                  {"128x192", 128, 192, 4, 1},
+                                                  {"192x128", 192, 128, 4, 1}};
+constexpr int kCompiledAttentionTiles = 3;
 
 struct AttentionTileVerdict {
     const AttentionTileShape* tile;
@@ -47,7 +50,7 @@ inline std::vector<AttentionTileVerdict> choose_attention_tile(const AttentionPr
     constexpr double kOperationsPerClock = 4096, kL2BytesPerClock = 38, kExponentialsPerClock = 16,
                      kOverhead = 128;
     std::vector<AttentionTileVerdict> verdicts;
-    size_t best = 0;
+    int best = -1;
     for (const AttentionTileShape& tile : kAttentionTiles) {
         AttentionTileVerdict verdict{&tile, false, 0, ""};
         const int n = tile.block_n, consumers = tile.block_m / 64;
@@ -60,20 +63,24 @@ inline std::vector<AttentionTileVerdict> choose_attention_tile(const AttentionPr
         } else if (shared > kSharedBytes) {
             verdict.reason = "needs " + std::to_string(shared) + " bytes of shared memory, " +
                              std::to_string(kSharedBytes) + " are there";
+        } else if (problem.num_sms < tile.cluster) {
+            verdict.reason = "needs " + std::to_string(tile.cluster) + " multiprocessors, the grid has " +
+                             std::to_string(problem.num_sms);
         } else {
             const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-            const int64_t units = ceil_div(problem.queries, tile.block_m) * problem.heads;
-            const int64_t rounds = ceil_div(units, problem.num_sms), key_tiles = ceil_div(problem.keys, n);
+            // Any two query tiles of one kv head make a pair.
+            const int64_t tiles = ceil_div(problem.queries, tile.block_m) * problem.heads;
+            const int64_t units = ceil_div(tiles, tile.cluster), workers = problem.num_sms / tile.cluster;
+            const int64_t rounds = ceil_div(units, workers), key_tiles = ceil_div(problem.keys, n);
             const double math = 4.0 * tile.block_m * n * kHead / kOperationsPerClock;
-            const double loads = 2.0 * n * kRowBytes / kL2BytesPerClock;
+            const double loads = 2.0 * n * kRowBytes / tile.cluster / kL2BytesPerClock;
             const double exponentials = double(tile.block_m) * n / kExponentialsPerClock;
-            const double bound = std::max(math, std::max(loads, exponentials));
-            verdict.clocks = rounds * key_tiles * (bound + kOverhead);
-            verdict.reason = std::to_string(rounds) + " rounds of " + std::to_string(problem.num_sms) +
-                             " for " + std::to_string(units) + " tiles of " + std::to_string(key_tiles) +
+            verdict.clocks = rounds * key_tiles * (std::max({math, loads, exponentials}) + kOverhead);
+            verdict.reason = std::to_string(rounds) + " rounds of " + std::to_string(workers) + " for " +
+                             std::to_string(units) + " units of " + std::to_string(key_tiles) +
                              " key tiles: " + std::to_string(static_cast<int64_t>(verdict.clocks)) +
                              " clocks";
-            if (verdicts.empty() || verdict.clocks < verdicts[best].clocks) best = verdicts.size();
+            if (best < 0 || verdict.clocks < verdicts[best].clocks) best = static_cast<int>(verdicts.size());
         }
         verdicts.push_back(verdict);
     }

@@ -26,6 +26,8 @@ void launch_broken(int bug, const GatedAttentionParams& p) {
             return run.template operator()<Bug::kNoValueWait>();
         case Bug::kNoQueryWait:
             return run.template operator()<Bug::kNoQueryWait>();
+        case Bug::kNoPeerRelease:
+            return run.template operator()<Bug::kNoPeerRelease>();
         case Bug::kEarlyRelease:
             return run.template operator()<Bug::kEarlyRelease>();
         case Bug::kEarlyQueries:
@@ -38,6 +40,20 @@ void launch_broken(int bug, const GatedAttentionParams& p) {
     throw std::invalid_argument("no such bug");
 }
 
+attention::Tokens tokens(const int* problem) {
+    return {problem[0], problem[1], problem[2], problem[3], problem[4]};
+}
+
+template <typename Body>
+auto with_schedule(const int* problem, const Body& body) {
+    if (problem[7] == 2) return body(attention::Schedule<2>(tokens(problem), problem[5], problem[6]));
+    return body(attention::Schedule<1>(tokens(problem), problem[5], problem[6]));
+}
+
+attention::Assignment assignment(const int* problem, int unit, int rank) {
+    return with_schedule(problem, [&](const auto& schedule) { return schedule.get(unit, rank); });
+}
+
 }  // namespace
 
 extern "C" {
@@ -47,17 +63,25 @@ void sim_register(const void* start, size_t bytes, const char* name) {
 }
 void sim_clear() { sim::clear_globals(); }
 
-int sim_broken_attention(int bug, int wide, const GatedAttentionParams* params, uint64_t seed, char* error) {
+int sim_broken_attention(int bug, const GatedAttentionParams* params, uint64_t seed, char* error) {
     return sim::guarded(error, [&] {
         sim::set_seed(seed);
         attention::check_problem(*params);
-        wide ? launch_broken<attention::WideTile>(bug, *params)
-             : launch_broken<attention::SquareTile>(bug, *params);
+        switch (attention::chosen_tile(*params)) {
+            case 0:
+                return launch_broken<attention::PairedTile>(bug, *params);
+            case 1:
+                return launch_broken<attention::WideTile>(bug, *params);
+            default:
+                return launch_broken<attention::SquareTile>(bug, *params);
+        }
     });
 }
 
-int attention_shared_bytes(int wide) {
-    return static_cast<int>(wide ? attention::WideTile::kSharedBytes : attention::SquareTile::kSharedBytes);
+int attention_shared_bytes(int tile) {
+    constexpr uint32_t kBytes[] = {attention::PairedTile::kSharedBytes, attention::WideTile::kSharedBytes,
+                                   attention::SquareTile::kSharedBytes};
+    return static_cast<int>(kBytes[tile]);
 }
 
 // One line per considered tile: "* name: reason" for the chosen one, "- name: reason" for the others.
@@ -69,28 +93,29 @@ void attention_tile_verdicts(int64_t queries, int64_t heads, int64_t keys, int n
     sim::write_text(text, lines);
 }
 
-// The schedule. tokens: video, rows, queries, frame, radius.
-int attention_query_tiles(const int* tokens) {
-    return attention::Schedule(attention::Tokens{tokens[0], tokens[1], tokens[2], tokens[3], tokens[4]})
-        .tiles();
+// The schedule. problem: video rows, rows, rows computed, rows of a frame, radius; query and kv heads; blocks of a
+// cluster; keys of a tile.
+int attention_units(const int* problem) {
+    return with_schedule(problem, [](const auto& schedule) { return schedule.units(); });
 }
 
-// Query tile `index`: first row, end of rows, number of key tiles.
-void attention_query_tile(const int* tokens, int index, int block_n, int* found) {
-    const attention::Tokens t{tokens[0], tokens[1], tokens[2], tokens[3], tokens[4]};
-    const attention::QueryTile tile = attention::Schedule(t).tile(index);
-    found[0] = tile.row;
-    found[1] = tile.end;
-    found[2] = tile.key_tiles(block_n);
+// A block's part of one unit: first row, end of rows, number of key tiles, query head, kv head, whether shared.
+void attention_assignment(const int* problem, int unit, int rank, int* found) {
+    const attention::Assignment a = assignment(problem, unit, rank);
+    found[0] = a.tile.row;
+    found[1] = a.tile.end;
+    found[2] = a.tile.key_tiles(problem[8]);
+    found[3] = a.q_head;
+    found[4] = a.kv_head;
+    found[5] = a.shared;
 }
 
 // Key tile `j` of it: first key, whether it is masked, and the keys that `row` sees of it, begin and end.
-void attention_key_tile(const int* tokens, int index, int block_n, int j, int row, int* found) {
-    const attention::Tokens t{tokens[0], tokens[1], tokens[2], tokens[3], tokens[4]};
-    const attention::QueryTile tile = attention::Schedule(t).tile(index);
-    const attention::KeySpan seen = tile.visible(j, block_n, row, t);
-    found[0] = tile.key_start(j, block_n);
-    found[1] = tile.masked(j, block_n);
+void attention_key_tile(const int* problem, int unit, int rank, int j, int row, int* found) {
+    const attention::QueryTile tile = assignment(problem, unit, rank).tile;
+    const attention::KeySpan seen = tile.visible(j, problem[8], row, tokens(problem));
+    found[0] = tile.key_start(j, problem[8]);
+    found[1] = tile.masked(j, problem[8]);
     found[2] = seen.begin;
     found[3] = seen.end;
 }

@@ -229,4 +229,91 @@ struct AdvanceStepParams {
 };
 MAGIHUMAN_API void launch_advance_step(const AdvanceStepParams& params, Stream stream);
 
+// --- convolutions of the video decoder --------------------------------------------------------------------
+// Pixels are bf16 [frames][H][W][C], C a multiple of 8; frame t of a clip lies at t % frames, so that a buffer may
+// hold all of a clip or the last few frames. Products in float32. Space is padded with zeros, time with copies of
+// the clip's first and last frame. Weights: bf16 [channels][time taps][vertical taps][horizontal taps][in_channels].
+
+struct PixelFrames {
+    void* data;
+    int frames;
+};
+
+// v = bf16(conv(x) + bias), then bf16(v + shortcut) where there is one.
+// out = v, or with out_eps > 0 bf16(v / rms(v)), rms(v) = sqrt(mean over channels of v^2 + out_eps)
+// normed = bf16(act(bf16(v / rms(v)))), with eps. Norms: at most 256 channels. Both may be null, not together.
+struct ConvParams {
+    PixelFrames x;
+    int height, width, in_channels;
+    int length;        // frames of the clip
+    int first, count;  // frames to compute
+    const void* w;
+    const float* bias;  // [channels]
+    int channels;
+    PixelFrames shortcut, out, normed;
+    float out_eps, eps;
+    int activation;  // 0 none, 1 SiLU, 2 ReLU
+    int num_sms;
+};
+
+// 3x3x3 (time_taps 3), or 3x3 of every frame (time_taps 1).
+struct Conv3x3Params {
+    ConvParams c;
+    int time_taps;
+};
+MAGIHUMAN_API void launch_conv_3x3(const Conv3x3Params& params, Stream stream);
+
+// 1x1x1
+MAGIHUMAN_API void launch_conv_1x1(const ConvParams& params, Stream stream);
+
+// Nearest-neighbour doubling of H and W, then 3x3 of every frame, as four 2x2 convolutions of x:
+// w is [4: py, px][channels][2][2][in_channels], outputs are [frames][2 H][2 W][channels].
+MAGIHUMAN_API void launch_conv_upsample(const ConvParams& params, Stream stream);
+
+// 3x1x1 to 2 channels, w [2][channels][3][in_channels], bias [2][channels]: the halves become frames 2 t - drop and
+// 2 t + 1 - drop of the outputs; frame -1 is not stored.
+struct ConvTimeParams {
+    ConvParams c;
+    int drop;  // 0 or 1
+};
+MAGIHUMAN_API void launch_conv_time(const ConvTimeParams& params, Stream stream);
+
+// 3x3x3 to 12 channels, which are 2 x 2 pixels: channel rgb 4 + pw 2 + ph. y = bf16(conv(x) + bias).
+// frames = uint8(clamp(y / 2 + 1/2, 0, 1) 255), or picture = y: exactly one is given.
+struct ConvPictureParams {
+    PixelFrames x;
+    int height, width, in_channels;
+    int length, first, count;
+    const void* w;
+    const float* bias;
+    uint8_t* frames;  // [count][2 H][2 W][3]
+    float* picture;   // [3][count][2 H][2 W]
+    int num_sms;
+};
+MAGIHUMAN_API void launch_conv_picture(const ConvPictureParams& params, Stream stream);
+
+// normed = bf16(act(bf16(x / rms(x)))) with eps, and where wanted plain = bf16(x / rms(x)) with plain_eps, for
+// frames first .. first + count - 1. x and normed may be the same buffer. At most 512 channels.
+struct ChannelNormParams {
+    PixelFrames x, normed, plain;
+    int height, width, channels;
+    int first, count;
+    float eps, plain_eps;
+    int activation;
+    int num_sms;
+};
+MAGIHUMAN_API void launch_channel_norm(const ChannelNormParams& params, Stream stream);
+
+// pixels [count][H][W][C] = bf16(latent std + mean), from frames first .. of latent; beyond its last frame, that one.
+struct LatentPixelsParams {
+    const float* latent;  // [C][frames][H][W]
+    const float* mean;    // [C]
+    const float* std;     // [C]
+    void* pixels;
+    int channels, frames, height, width;
+    int first, count;
+    int num_sms;
+};
+MAGIHUMAN_API void launch_latent_pixels(const LatentPixelsParams& params, Stream stream);
+
 }  // namespace magihuman

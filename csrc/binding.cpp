@@ -269,6 +269,122 @@ void define_sampler(py::module_& m) {
         py::kw_only(), py::arg("step"), py::arg("stream"), kWithoutLock);
 }
 
+void define_convolutions(py::module_& m) {
+    // Keyword by keyword as everywhere; a buffer of frames is two of them.
+#define CONV_PARAMETERS                                                                                \
+    Address x, int x_frames, int height, int width, int in_channels, int length, int first, int count, \
+        Address w, Address bias
+#define CONV_NAMES                                                                                   \
+    py::kw_only(), py::arg("x"), py::arg("x_frames"), py::arg("height"), py::arg("width"),           \
+        py::arg("in_channels"), py::arg("length"), py::arg("first"), py::arg("count"), py::arg("w"), \
+        py::arg("bias")
+#define OUTPUT_PARAMETERS                                                                             \
+    int channels, Address shortcut, int shortcut_frames, Address out, int out_frames, Address normed, \
+        int normed_frames, float out_eps, float eps, int activation, int num_sms
+#define OUTPUT_NAMES                                                                            \
+    py::arg("channels"), py::arg("shortcut"), py::arg("shortcut_frames"), py::arg("out"),       \
+        py::arg("out_frames"), py::arg("normed"), py::arg("normed_frames"), py::arg("out_eps"), \
+        py::arg("eps"), py::arg("activation"), py::arg("num_sms")
+#define CONV_STRUCT                   \
+    {{at(x), x_frames},               \
+     height,                          \
+     width,                           \
+     in_channels,                     \
+     length,                          \
+     first,                           \
+     count,                           \
+     at(w),                           \
+     at(bias),                        \
+     channels,                        \
+     {at(shortcut), shortcut_frames}, \
+     {at(out), out_frames},           \
+     {at(normed), normed_frames},     \
+     out_eps,                         \
+     eps,                             \
+     activation,                      \
+     num_sms}
+    m.def(
+        "conv_3x3",
+        [](CONV_PARAMETERS, OUTPUT_PARAMETERS, int time_taps, Address stream) {
+            launch_conv_3x3({CONV_STRUCT, time_taps}, at(stream));
+        },
+        CONV_NAMES, OUTPUT_NAMES, py::arg("time_taps"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "conv_1x1",
+        [](CONV_PARAMETERS, OUTPUT_PARAMETERS, Address stream) { launch_conv_1x1(CONV_STRUCT, at(stream)); },
+        CONV_NAMES, OUTPUT_NAMES, py::arg("stream"), kWithoutLock);
+    m.def(
+        "conv_upsample",
+        [](CONV_PARAMETERS, OUTPUT_PARAMETERS, Address stream) {
+            launch_conv_upsample(CONV_STRUCT, at(stream));
+        },
+        CONV_NAMES, OUTPUT_NAMES, py::arg("stream"), kWithoutLock);
+    m.def(
+        "conv_time",
+        [](CONV_PARAMETERS, OUTPUT_PARAMETERS, int drop, Address stream) {
+            launch_conv_time({CONV_STRUCT, drop}, at(stream));
+        },
+        CONV_NAMES, OUTPUT_NAMES, py::arg("drop"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "conv_picture",
+        [](CONV_PARAMETERS, Address frames, Address picture, int num_sms, Address stream) {
+            launch_conv_picture({{at(x), x_frames},
+                                 height,
+                                 width,
+                                 in_channels,
+                                 length,
+                                 first,
+                                 count,
+                                 at(w),
+                                 at(bias),
+                                 at(frames),
+                                 at(picture),
+                                 num_sms},
+                                at(stream));
+        },
+        CONV_NAMES, py::arg("frames"), py::arg("picture"), py::arg("num_sms"), py::arg("stream"),
+        kWithoutLock);
+#undef CONV_PARAMETERS
+#undef CONV_NAMES
+#undef OUTPUT_PARAMETERS
+#undef OUTPUT_NAMES
+#undef CONV_STRUCT
+    m.def(
+        "channel_norm",
+        [](Address x, int x_frames, Address normed, int normed_frames, Address plain, int plain_frames,
+           int height, int width, int channels, int first, int count, float eps, float plain_eps,
+           int activation, int num_sms, Address stream) {
+            launch_channel_norm({{at(x), x_frames},
+                                 {at(normed), normed_frames},
+                                 {at(plain), plain_frames},
+                                 height,
+                                 width,
+                                 channels,
+                                 first,
+                                 count,
+                                 eps,
+                                 plain_eps,
+                                 activation,
+                                 num_sms},
+                                at(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("x_frames"), py::arg("normed"), py::arg("normed_frames"),
+        py::arg("plain"), py::arg("plain_frames"), py::arg("height"), py::arg("width"), py::arg("channels"),
+        py::arg("first"), py::arg("count"), py::arg("eps"), py::arg("plain_eps"), py::arg("activation"),
+        py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+    m.def(
+        "latent_pixels",
+        [](Address latent, Address mean, Address std, Address pixels, int channels, int frames, int height,
+           int width, int first, int count, int num_sms, Address stream) {
+            launch_latent_pixels({at(latent), at(mean), at(std), at(pixels), channels, frames, height, width,
+                                  first, count, num_sms},
+                                 at(stream));
+        },
+        py::kw_only(), py::arg("latent"), py::arg("mean"), py::arg("std"), py::arg("pixels"),
+        py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("first"),
+        py::arg("count"), py::arg("num_sms"), py::arg("stream"), kWithoutLock);
+}
+
 #if defined(MAGIHUMAN_SIM)
 void define_simulator(py::module_& m) {
     py::register_exception<sim::Error>(m, "Error", PyExc_RuntimeError);
@@ -290,6 +406,7 @@ PYBIND11_MODULE(MAGIHUMAN_MODULE, m) {
     define_attention(m);
     define_rows(m);
     define_sampler(m);
+    define_convolutions(m);
 #if defined(MAGIHUMAN_SIM)
     define_simulator(m);
 #endif

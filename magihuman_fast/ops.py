@@ -19,6 +19,17 @@ Raises, everywhere:
 from __future__ import annotations
 
 from .attention_ops import AttentionBackend, gated_attention
+from .conv_ops import (
+    ConvOptions,
+    PixelOutputs,
+    channel_norm,
+    conv_1x1,
+    conv_3x3,
+    conv_picture,
+    conv_time,
+    conv_upsample,
+    latent_pixels,
+)
 from .kernel_launch import Backend, gpu_unavailable, simulator
 from .matrix_ops import gemm, gemm_gelu7, gemm_qkv, gemm_residual, gemm_swiglu7
 from .pointwise_ops import (
@@ -36,9 +47,17 @@ from .reference.operations import QkvGate
 __all__ = [
     "AttentionBackend",
     "Backend",
+    "ConvOptions",
+    "PixelOutputs",
     "QkvGate",
     "advance_step",
+    "channel_norm",
     "clamp_image",
+    "conv_1x1",
+    "conv_3x3",
+    "conv_picture",
+    "conv_time",
+    "conv_upsample",
     "embed",
     "embed_text",
     "gated_attention",
@@ -49,6 +68,7 @@ __all__ = [
     "gemm_swiglu7",
     "gpu_unavailable",
     "head",
+    "latent_pixels",
     "renoise_step",
     "rms_norm",
     "simulator",

@@ -36,8 +36,9 @@ struct PixelEpilogue {
 
     // Asks L2 for the lines of the shortcut.
     template <int kN>
-    HOPPER_INLINE void prefetch(const Grid& grid, const PixelTile& tile) const {
+    HOPPER_INLINE void prefetch(const Grid& grid, const PixelTile& given) const {
         if (shortcut.data == nullptr) return;
+        const PixelTile tile = kept(grid, given);
         const PixelAddress at = address_of(grid, place, tile, shortcut.frames);
         constexpr int kLines = kN / 64;
 #pragma unroll 1
@@ -51,7 +52,8 @@ struct PixelEpilogue {
     }
 
     template <int kN>
-    HOPPER_INLINE void operator()(const Grid& grid, float (&acc)[kN / 2], const PixelTile& tile) const {
+    HOPPER_INLINE void operator()(const Grid& grid, float (&acc)[kN / 2], const PixelTile& given) const {
+        const PixelTile tile = kept(grid, given);
         add_bias<kN>(grid, acc, tile);
         if (shortcut.data != nullptr) add_shortcut<kN>(grid, acc, tile);
         float mean[2] = {0, 0};
@@ -83,6 +85,12 @@ struct PixelEpilogue {
     }
 
   private:
+    // A frame before the first one is dropped: nothing of it is read or stored.
+    HOPPER_INLINE PixelTile kept(const Grid& grid, PixelTile tile) const {
+        if (grid.phases == 2 && tile.t * place.time_scale + tile.phase < place.drop) tile.rows = 0;
+        return tile;
+    }
+
     // In place: bf16(product + bias); columns beyond the last channel become zero.
     template <int kN>
     HOPPER_INLINE void add_bias(const Grid& grid, float (&acc)[kN / 2], const PixelTile& tile) const {
@@ -156,8 +164,6 @@ struct PixelEpilogue {
                              const Frames& to, const float (&scale)[2], Activation act) const {
         constexpr int kPass = kN < gemm::kStagedColumns ? kN : gemm::kStagedColumns;
         const PixelAddress at = address_of(grid, place, tile, to.frames);
-        // A frame before the first one is dropped.
-        const bool dropped = grid.phases == 2 && tile.t * place.time_scale + tile.phase < place.drop;
         const gemm::WarpTile staging{0, 0, 0, 0, tile.staging, tile.lane};
 #pragma unroll
         for (int pass = 0; pass < kN / kPass; ++pass) {
@@ -170,8 +176,7 @@ struct PixelEpilogue {
                                     activate(v[6] * scale[1], v[7] * scale[1], act));
             }
             const int channel = tile.channel + pass * kPass;
-            store_pixels<kPass>(tile, to.data + at.first + channel, at,
-                                dropped ? 0 : grid.channels - channel);
+            store_pixels<kPass>(tile, to.data + at.first + channel, at, grid.channels - channel);
         }
     }
 

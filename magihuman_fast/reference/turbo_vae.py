@@ -200,29 +200,11 @@ class TurboVAE:
 
     def decode_windows(self, latent: Tensor) -> Iterator[Tensor]:
         """As `decode`, but yields (3, f, H, W) window by window, in order; the latent is checked at the call."""
-        self._check_latent(latent)
+        check_latent(latent, self.config.latent_channels)
         return (self._decode_window(latent, window) for window in self._plan(latent.shape[1]))
 
     def _plan(self, num_latent_frames: int) -> list[Window]:
         return plan_windows(num_latent_frames, self.config.first_chunk_size, self.config.step_size)
-
-    def _check_latent(self, latent: Tensor) -> None:
-        channels = self.config.latent_channels
-        expected = f"a float32 latent of shape ({channels}, T, h, w)"
-        if not isinstance(latent, Tensor):
-            raise InputError(f"video latent: expected {expected}, got {type(latent).__name__}")
-        if (
-            latent.ndim != 4
-            or latent.shape[0] != channels
-            or 0 in latent.shape
-            or latent.dtype != torch.float32
-        ):
-            raise InputError(f"video latent: expected {expected}, got {latent.dtype} {tuple(latent.shape)}")
-        num_bad = int((~torch.isfinite(latent)).sum())
-        if num_bad:
-            raise InputError(
-                f"video latent: expected finite values, got {num_bad} NaN or infinite of {latent.numel()}"
-            )
 
     @torch.no_grad()
     def _decode_window(self, latent: Tensor, window: Window) -> Tensor:
@@ -297,6 +279,20 @@ def to_uint8(video: Tensor) -> Tensor:
     """(3, f, H, W) picture in [-1, 1] to uint8 (f, H, W, 3): clamped, then truncated."""
     levels = (video.float() * 0.5 + 0.5).clamp_(0, 1).mul_(255)
     return levels.permute(1, 2, 3, 0).to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def check_latent(latent: Tensor, channels: int) -> None:
+    """Raise `InputError` for anything but a finite float32 (channels, T, h, w)."""
+    expected = f"a float32 latent of shape ({channels}, T, h, w)"
+    if not isinstance(latent, Tensor):
+        raise InputError(f"video latent: expected {expected}, got {type(latent).__name__}")
+    if latent.ndim != 4 or latent.shape[0] != channels or 0 in latent.shape or latent.dtype != torch.float32:
+        raise InputError(f"video latent: expected {expected}, got {latent.dtype} {tuple(latent.shape)}")
+    num_bad = int((~torch.isfinite(latent)).sum())
+    if num_bad:
+        raise InputError(
+            f"video latent: expected finite values, got {num_bad} NaN or infinite of {latent.numel()}"
+        )
 
 
 def _read_config(path: Path) -> TurboVAEConfig:

@@ -1,0 +1,340 @@
+"""The Turbo VAE decoder: on a Hopper GPU in bfloat16 by the kernels of `ops`, else in plain PyTorch (`reference`).
+
+Same windows, same order, same roundings as `reference.turbo_vae`, which is the truth; what differs is where tensors lie
+(`decode_plan`), that norms run in the convolutions' epilogues, and that the last one writes frames.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from . import decode_plan, ops
+from .config import VAE_STRIDE
+from .conv_weights import pack_conv, pack_time, pack_upsample
+from .decode_plan import REGIONS, Pixels, Region, Step, plan_decode, region_bytes
+from .errors import InputError
+from .latent_statistics import LATENT_MEAN, LATENT_STD
+from .reference import turbo_vae as reference
+from .reference.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS, Window, check_latent, num_frames, plan_windows
+from .turbo_vae_config import TurboVAEConfig
+
+logger = logging.getLogger(__name__)
+
+Layers = dict[str, tuple[Tensor, Tensor]]  # packed weight and float32 bias by name
+
+
+class TurboVAE:
+    """The decoder with its weights on one device; usable with any latents of this VAE.
+
+    `backend`: "gpu" the kernels, "sim" the same in the simulator (development builds, CPU), "reference" plain PyTorch;
+    None chooses "gpu" for bfloat16 weights on a Hopper GPU and "reference" elsewhere, with a log line that says why.
+    Calls from several threads are independent of one another.
+    """
+
+    def __init__(self, model: reference.TurboVAE, backend: ops.Backend | None = None) -> None:
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.backend = _choose_backend(model, backend)
+        self._model = model if self.backend == "reference" else None
+        if self._model is None:
+            self._layers = pack_layers(model)
+            self._mean = torch.tensor(LATENT_MEAN, dtype=torch.float32, device=self.device)
+            self._std = torch.tensor(LATENT_STD, dtype=torch.float32, device=self.device)
+            self._free: list[Workspace] = []
+            self._lock = threading.Lock()
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        config_dict: Mapping[str, Any],
+        state_dict: Mapping[str, Any],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: ops.Backend | None = None,
+    ) -> TurboVAE:
+        """Copy the `decoder.` part of a published state dict, with or without a `module.` prefix.
+
+        Other keys are ignored. Raises one `CheckpointError` naming missing, unexpected and wrongly shaped keys.
+        """
+        model = reference.TurboVAE.from_state_dict(config_dict, state_dict, device=device, dtype=dtype)
+        return cls(model, backend)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: ops.Backend | None = None,
+    ) -> TurboVAE:
+        """Load the published `turbo_vae/` folder: its JSON and its checkpoint's averaged weights.
+
+        The checkpoint is mapped, not read, and copied tensor by tensor: never two models in memory. Raises
+        `CheckpointError` naming the file.
+        """
+        return cls(reference.TurboVAE.from_pretrained(folder, device=device, dtype=dtype), backend)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(48, T, h, w) float32 normalised latent to a (3, 4 (T - 1) + 1, 16 h, 16 w) float32 picture.
+
+        The picture's range is about [-1, 1], not clamped; it lies on the model's device. Raises `InputError` for
+        anything but such a latent.
+        """
+        return torch.cat(list(self.decode_windows(latent)), dim=1)
+
+    def decode_windows(self, latent: Tensor) -> Iterator[Tensor]:
+        """As `decode`, but yields (3, f, H, W) window by window, in order; the latent is checked at the call."""
+        if self._model is not None:
+            return self._model.decode_windows(latent)
+        check_latent(latent, self.config.latent_channels)
+        return self._windows(latent)
+
+    def decode_frames(self, latent: Tensor, on_window: Callable[[int, int], object] | None = None) -> Tensor:
+        """(48, T, h, w) latent to uint8 RGB frames (F, H, W, 3) in host memory, filled window by window.
+
+        On a GPU that memory is pinned, and each window's frames are copied while the next one decodes.
+        `on_window(done, total)` is called once a window's frames are there; what it raises ends the decode.
+        """
+        if self._model is not None:
+            return self._model.decode_frames(latent, on_window)
+        check_latent(latent, self.config.latent_channels)
+        _, t, h, w = latent.shape
+        windows = self._plan(t)
+        shape = (num_frames(t), h * VAE_STRIDE, w * VAE_STRIDE, 3)
+        frames = torch.empty(shape, dtype=torch.uint8, pin_memory=self.backend == "gpu")
+        with self._workspace(windows, h, w) as workspace:
+            decode = self._frames_by_copy if self.backend == "gpu" else self._frames_in_place
+            for done in decode(self._copy(latent), windows, frames, workspace):
+                if on_window is not None:
+                    on_window(done, len(windows))
+        return frames
+
+    def _windows(self, latent: Tensor) -> Iterator[Tensor]:
+        _, t, h, w = latent.shape
+        windows = self._plan(t)
+        latent = self._copy(latent)
+        with self._workspace(windows, h, w) as workspace:
+            for window in windows:
+                size = (3, window.keep_stop - window.keep_start, h * VAE_STRIDE, w * VAE_STRIDE)
+                picture = torch.empty(size, device=self.device)
+                self._run(latent, window, picture, workspace)
+                yield picture
+
+    def _frames_in_place(
+        self, latent: Tensor, windows: list[Window], frames: Tensor, workspace: Workspace
+    ) -> Iterator[int]:
+        """Decode into host memory itself; yields how many windows are done."""
+        for done, window in enumerate(windows, start=1):
+            self._run(latent, window, frames[window.out_start : window.out_stop], workspace)
+            yield done
+
+    def _frames_by_copy(
+        self, latent: Tensor, windows: list[Window], frames: Tensor, workspace: Workspace
+    ) -> Iterator[int]:
+        """Decode into two buffers in turn, copying one to the host while the other is filled."""
+        stream, copies = torch.cuda.current_stream(self.device), workspace.copy_stream
+        arrived: list[torch.cuda.Event] = []
+        for i, window in enumerate(windows):
+            if i >= 2:
+                stream.wait_event(arrived[i - 2])
+            buffer = workspace.frames[i % 2][: window.keep_stop - window.keep_start]
+            self._run(latent, window, buffer, workspace)
+            copies.wait_stream(stream)
+            with torch.cuda.stream(copies):
+                frames[window.out_start : window.out_stop].copy_(buffer, non_blocking=True)
+                arrived.append(copies.record_event())
+            if i > 0:
+                arrived[i - 1].synchronize()
+                yield i
+        arrived[-1].synchronize()
+        yield len(windows)
+
+    def _copy(self, latent: Tensor) -> Tensor:
+        """Contiguous on our device, at an address that kernels take."""
+        return latent.to(self.device, copy=True, memory_format=torch.contiguous_format)
+
+    def _plan(self, num_latent_frames: int) -> list[Window]:
+        return plan_windows(num_latent_frames, self.config.first_chunk_size, self.config.step_size)
+
+    @contextmanager
+    def _workspace(self, windows: list[Window], height: int, width: int) -> Iterator[Workspace]:
+        """Buffers for these windows, from an earlier call where they are big enough."""
+        need = workspace_bytes(self.config, windows, height, width)
+        with self._lock:
+            fitting = [space for space in self._free if space.fits(need, height, width)]
+            workspace = fitting[0] if fitting else None
+            # Others are of another size: they make room.
+            self._free = [space for space in fitting[1:]]
+        if workspace is None:
+            workspace = Workspace(need, self._frame_shape(windows, height, width), self.device)
+        workspace.acquire()
+        try:
+            yield workspace
+        finally:
+            workspace.release()
+            with self._lock:
+                self._free.append(workspace)
+
+    def _frame_shape(self, windows: list[Window], height: int, width: int) -> tuple[int, ...]:
+        most = max(window.keep_stop - window.keep_start for window in windows)
+        return (most, height * VAE_STRIDE, width * VAE_STRIDE, 3)
+
+    @torch.no_grad()
+    def _run(self, latent: Tensor, window: Window, out: Tensor, workspace: Workspace) -> None:
+        """One window's launches: latent (48, T, h, w) to `out`, uint8 (f, H, W, 3) or float32 (3, f, H, W)."""
+        plan = window_plan(self.config, window, latent.shape[2], latent.shape[3])
+        for step in plan:
+            self.launch(step, workspace, latent, window.start, out)
+
+    def launch(self, step: Step, workspace: Workspace, latent: Tensor, start: int, out: Tensor) -> None:
+        """Launch one step of a plan; `latent`, its first frame `start` and `out` are for the steps that need them."""
+
+        def at(pixels: Pixels | None) -> Tensor | None:
+            return None if pixels is None else workspace.view(pixels)
+
+        x = workspace.view(step.x)
+        if step.op == "latent_pixels":
+            ops.latent_pixels(latent, self._mean, self._std, x, first=start, backend=self.backend)
+            return
+        span = {"first": step.first, "count": step.count}
+        if step.op == "channel_norm":
+            to = at(step.normed)
+            assert to is not None
+            ops.channel_norm(
+                x,
+                to,
+                eps=RMS_EPS,
+                activation=step.activation,  # type: ignore[arg-type]
+                plain=at(step.out),
+                plain_eps=SHORTCUT_RMS_EPS,
+                **span,
+                backend=self.backend,
+            )
+            return
+        weight, bias = self._layers[step.layer]
+        if step.op == "conv_picture":
+            ops.conv_picture(
+                x, weight, bias, out, first=step.first, length=step.length, backend=self.backend
+            )
+            return
+        options: dict[str, Any] = {
+            **span,
+            "length": step.length,
+            "shortcut": at(step.shortcut),
+            "out": at(step.out),
+            "out_eps": step.out_eps,
+            "normed": at(step.normed),
+            "eps": RMS_EPS,
+            "activation": step.activation,
+            "backend": self.backend,
+        }
+        if step.op == "conv_time":
+            options["drop"] = step.drop
+        getattr(ops, step.op)(x, weight, bias, **options)
+
+
+class Workspace:
+    """The static buffers of one decode at a time: three regions, two windows' frames, and views of them."""
+
+    def __init__(
+        self, need: Mapping[Region, int], frame_shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        self._regions = {
+            region: torch.empty(need[region] // 2, dtype=torch.bfloat16, device=device) for region in REGIONS
+        }
+        self._views: dict[Pixels, Tensor] = {}
+        self._released: torch.cuda.Event | None = None
+        self._device = device
+        self._size = frame_shape[1:]
+        self.frames: list[Tensor] = []
+        if device.type == "cuda":
+            self.frames = [torch.empty(frame_shape, dtype=torch.uint8, device=device) for _ in range(2)]
+            self.copy_stream = torch.cuda.Stream(device)
+
+    def fits(self, need: Mapping[Region, int], height: int, width: int) -> bool:
+        """Made for this picture size, and big enough for these windows."""
+        same = self._size[:2] == (height * VAE_STRIDE, width * VAE_STRIDE)
+        return same and all(self._regions[region].nbytes >= need[region] for region in REGIONS)
+
+    def view(self, pixels: Pixels) -> Tensor:
+        found = self._views.get(pixels)
+        if found is None:
+            start = pixels.offset // 2
+            flat = self._regions[pixels.region][start : start + pixels.nbytes // 2]
+            found = self._views[pixels] = flat.view(pixels.shape)
+        return found
+
+    def acquire(self) -> None:
+        """What the current stream launches from here on waits for the last decode, wherever that ran."""
+        if self._released is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._released)
+
+    def release(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).wait_stream(self.copy_stream)
+            self._released = torch.cuda.current_stream(self._device).record_event()
+
+
+def window_plan(config: TurboVAEConfig, window: Window, height: int, width: int) -> list[Step]:
+    """The launches of one window of latents of height x width."""
+    keep = range(window.keep_start, window.keep_stop)
+    return plan_decode(
+        config, window.num_latent_frames, height, width, is_first=window.is_first, keep=keep
+    )
+
+
+def workspace_bytes(
+    config: TurboVAEConfig, windows: list[Window], height: int, width: int
+) -> dict[Region, int]:
+    """What decoding these windows takes beside the weights, two windows' frames apart."""
+    shapes = {(w.num_latent_frames, w.is_first): w for w in windows}
+    return region_bytes([window_plan(config, w, height, width) for w in shapes.values()])
+
+
+def pack_layers(model: reference.TurboVAE) -> Layers:
+    """Every convolution's weights as the kernels read them, and its bias in float32."""
+    layers: Layers = {}
+    for key, weight in model.weights.items():
+        if not key.endswith(".weight"):
+            continue
+        name = key.removesuffix(".weight")
+        bias = model.weights[f"{name}.bias"].float()
+        if ".resample." in name:
+            layers[name] = pack_upsample(weight), bias
+        elif ".time_conv." in name:
+            layers[name] = pack_time(weight), bias.view(2, -1)
+        else:
+            layers[name] = pack_conv(weight), bias
+    return layers
+
+
+def _choose_backend(model: reference.TurboVAE, backend: ops.Backend | None) -> ops.Backend:
+    """The backend asked for, checked, or the best one for this model."""
+    if backend is not None and backend not in get_args(ops.Backend):
+        raise InputError(f"Turbo VAE backend: expected one of {get_args(ops.Backend)} or None, got {backend!r}")
+    if backend == "reference":
+        return backend
+    reasons = [decode_plan.unsupported(model.config)]
+    if model.dtype != torch.bfloat16:
+        reasons.append(f"the weights are {model.dtype}, the kernels need torch.bfloat16")
+    if backend == "sim":
+        if model.device.type != "cpu":
+            reasons.append(f"the simulator needs the CPU, the weights are on {model.device}")
+        ops.simulator()
+    else:
+        reasons.append(ops.gpu_unavailable(model.device))
+    why = [reason for reason in reasons if reason is not None]
+    if backend is not None and why:
+        raise InputError(f"Turbo VAE backend {backend!r}: {'; '.join(why)}")
+    chosen: ops.Backend = "reference" if why else backend or "gpu"
+    logger.info("Turbo VAE: %s", f"in PyTorch: {'; '.join(why)}" if why else f"by the kernels ({chosen})")
+    return chosen

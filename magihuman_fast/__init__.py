@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .image_encoder import ImageEncoder
     from .pipeline import GenerationResult, MagiHumanPipeline
     from .reference.dit import DiT
-    from .reference.turbo_vae import TurboVAE
     from .text_encoder import TextEncoder
+    from .turbo_vae import TurboVAE
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _MODULES = {
     "ImageEncoder": "image_encoder",
     "MagiHumanPipeline": "pipeline",
     "TextEncoder": "text_encoder",
-    "TurboVAE": "reference.turbo_vae",
+    "TurboVAE": "turbo_vae",
 }
 
 __all__ = [

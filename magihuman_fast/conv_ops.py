@@ -13,7 +13,7 @@ import torch
 from .kernel_launch import Backend, choose_backend, launch
 from .reference import convolutions as reference
 from .reference.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS
-from .tensor_checks import check_tensor, require
+from .tensor_checks import check_disjoint, check_tensor, require
 
 Activation = Literal["none", "silu", "relu"]
 MAX_FUSED_CHANNELS = 256  # of a norm in a convolution's epilogue
@@ -34,11 +34,11 @@ class ConvOptions(TypedDict, total=False):
     """What every convolution takes by name.
 
     v = bf16(conv(x) + bias), then bf16(v + shortcut) where there is one; frames `first` .. `first + count - 1` are
-    computed of a clip of `length` frames (defaults: all frames of x). Outputs and shortcut have the result's shape in
-    (H, W, C) and any number of frames:
+    computed of a clip of `length` frames (defaults: all frames of x). Outputs and shortcut have the result's (H, W, C)
+    and any number of frames:
 
     out: v, or with out_eps > 0 bf16(v / rms(v)).
-    normed: bf16(act(bf16(v / rms(v)))), rms(v) = sqrt(mean over channels of v^2 + eps); at most 256 channels, as out_eps.
+    normed: bf16(act(bf16(v / rms(v)))), rms(v) = sqrt(mean over channels of v^2 + eps); as out_eps: up to 256 channels.
     Without any of them a new `out` is made.
     """
 
@@ -56,8 +56,10 @@ class ConvOptions(TypedDict, total=False):
 
 
 class _Clip(NamedTuple):
+    """Frames first .. first + number - 1 of a clip of `length`."""
+
     first: int
-    count: int
+    number: int
     length: int
 
 
@@ -103,32 +105,38 @@ def _convolution(
     require(not unknown, f"{op}: options", f"some of {sorted(ConvOptions.__annotations__)}", sorted(unknown))
     clip = _check_clip(op, x, options)
     chosen = choose_backend(op, x, options.get("backend"))
-    first, count = (clip.first, clip.count) if frames is None else frames
-    shape = (None, scale * x.shape[1], scale * x.shape[2], channels)
+    first, count = (clip.first, clip.number) if frames is None else frames
+    size = (scale * x.shape[1], scale * x.shape[2], channels)
     require(channels % 8 == 0, f"{op}: w", "a multiple of 8 output channels", channels)
-    out, normed, shortcut = (options.get(name) for name in ("out", "normed", "shortcut"))
+    out, normed, shortcut = options.get("out"), options.get("normed"), options.get("shortcut")
     out_eps, eps = options.get("out_eps", 0.0), options.get("eps", RMS_EPS)
     activation = options.get("activation", "silu")
-    require(activation in reference.ACTIVATIONS, f"{op}: activation", f"one of {reference.ACTIVATIONS}", activation)
+    require(
+        activation in reference.ACTIVATIONS,
+        f"{op}: activation",
+        f"one of {reference.ACTIVATIONS}",
+        activation,
+    )
     require(eps > 0, f"{op}: eps", "a positive number", eps)
     require(out_eps >= 0, f"{op}: out_eps", "0 or a positive number", out_eps)
     if out is None and normed is None:
-        out = torch.empty(first + count, *shape[1:], dtype=BF16, device=x.device)  # type: ignore[arg-type]
+        out = torch.empty((first + count, *size), dtype=BF16, device=x.device)
     for name, tensor in (("shortcut", shortcut), ("out", out), ("normed", normed)):
         if tensor is not None:
-            check_pixels(f"{op}: {name}", tensor, shape, x.device)  # type: ignore[arg-type]
+            check_pixels(f"{op}: {name}", tensor, (None, *size), x.device)
+            check_disjoint(f"{op}: {name}", tensor, x, "x")
     fused = normed is not None or out_eps > 0
     expected = f"at most {MAX_FUSED_CHANNELS} channels beside normed or out_eps"
     require(not fused or channels <= MAX_FUSED_CHANNELS, f"{op}: w", expected, channels)
     if chosen == "reference":
-        reference.finish(compute(clip), first, shortcut, out, out_eps, normed, eps, activation)  # type: ignore[arg-type]
+        reference.finish(compute(clip), first, shortcut, out, out_eps, normed, eps, activation)
     else:
         buffers = {"x": x, "shortcut": shortcut, "out": out, "normed": normed}
         launch(
             chosen,
             op,
-            {**buffers, "w": w, "bias": bias},  # type: ignore[dict-item]
-            **{f"{name}_frames": 0 if t is None else len(t) for name, t in buffers.items()},  # type: ignore[arg-type]
+            {**buffers, "w": w, "bias": bias},
+            **{f"{name}_frames": 0 if t is None else len(t) for name, t in buffers.items()},
             **_sizes(x, clip),
             channels=channels,
             out_eps=out_eps,
@@ -137,12 +145,16 @@ def _convolution(
             num_sms=options.get("num_sms", 0),
             **numbers,
         )
-    return PixelOutputs(out, normed)  # type: ignore[arg-type]
+    return PixelOutputs(out, normed)
 
 
 def _sizes(x: Tensor, clip: _Clip) -> dict[str, int]:
     """Height, width, channels of the input, and the frames computed."""
-    return dict(zip(("height", "width", "in_channels"), x.shape[1:], strict=True)) | clip._asdict()
+    return dict(zip(("height", "width", "in_channels"), x.shape[1:], strict=True)) | {
+        "first": clip.first,
+        "count": clip.number,
+        "length": clip.length,
+    }
 
 
 def conv_3x3(x: Tensor, w: Tensor, bias: Tensor, **options: Unpack[ConvOptions]) -> PixelOutputs:
@@ -180,7 +192,7 @@ def conv_upsample(x: Tensor, w: Tensor, bias: Tensor, **options: Unpack[ConvOpti
     check_tensor(f"{op}: bias", bias, (w.shape[1],), F32, x.device)
 
     def compute(clip: _Clip) -> Tensor:
-        return reference.upsample(x, w, bias, clip.first, clip.count)
+        return reference.upsample(x, w, bias, clip.first, clip.number)
 
     return _convolution(op, x, w, bias, w.shape[1], 2, compute, options)
 
@@ -190,7 +202,7 @@ def conv_time(
 ) -> PixelOutputs:
     """3x1x1 convolution to twice the channels, whose halves become frames 2 t - drop and 2 t + 1 - drop.
 
-    w (2, out, 3, in) bfloat16, bias (2, out) float32. drop 0 or 1: with 1, frame -1 is left out (a clip's first window).
+    w (2, out, 3, in) bfloat16, bias (2, out) float32. drop 0 or 1: with 1, frame -1 is left out (the first window).
     """
     op = "conv_time"
     _check_weights(op, x, w, (2, None, 3))
@@ -202,7 +214,7 @@ def conv_time(
     def compute(clip: _Clip) -> Tensor:
         return reference.double_time(x, w, bias, *clip, drop)
 
-    frames = (start, 2 * (clip.first + clip.count) - drop - start)
+    frames = (start, 2 * (clip.first + clip.number) - drop - start)
     return _convolution(op, x, w, bias, w.shape[1], 1, compute, options, frames=frames, drop=drop)
 
 
@@ -227,13 +239,14 @@ def conv_picture(
     _check_weights(op, x, w, (PICTURE_CHANNELS, 3, 3, 3))
     check_tensor(f"{op}: bias", bias, (PICTURE_CHANNELS,), F32, x.device)
     require(isinstance(out, torch.Tensor), f"{op}: out", "a torch.Tensor", type(out).__name__)
-    require(out.dtype in (torch.uint8, F32), f"{op}: out", "dtype torch.uint8 or torch.float32", out.dtype)
     is_bytes = out.dtype == torch.uint8
     height, width = 2 * x.shape[1], 2 * x.shape[2]
     shape = (None, height, width, 3) if is_bytes else (3, None, height, width)
-    check_tensor(f"{op}: out", out, shape, out.dtype, x.device)
+    check_tensor(f"{op}: out", out, shape, torch.uint8 if is_bytes else F32, x.device)
     count = out.shape[0 if is_bytes else 1]
-    clip = _check_clip(op, x, {"first": first, "count": count, "length": len(x) if length is None else length})
+    clip = _check_clip(
+        op, x, {"first": first, "count": count, "length": len(x) if length is None else length}
+    )
     chosen = choose_backend(op, x, backend)
     if chosen == "reference":
         y = reference.picture(x, w, bias, *clip)
@@ -271,7 +284,12 @@ def channel_norm(
     check_pixels(f"{op}: normed", normed, (None, *x.shape[1:]), x.device)
     if plain is not None:
         check_pixels(f"{op}: plain", plain, (None, *x.shape[1:]), x.device)
-    require(activation in reference.ACTIVATIONS, f"{op}: activation", f"one of {reference.ACTIVATIONS}", activation)
+    require(
+        activation in reference.ACTIVATIONS,
+        f"{op}: activation",
+        f"one of {reference.ACTIVATIONS}",
+        activation,
+    )
     for name, value in (("eps", eps), ("plain_eps", plain_eps)):
         require(value > 0, f"{op}: {name}", "a positive number", value)
     count = len(x) - first if count is None else count
@@ -309,7 +327,7 @@ def latent_pixels(
     num_sms: int = 0,
     backend: Backend | None = None,
 ) -> Tensor:
-    """out = bf16(latent std + mean) as pixels: frames `first` on of latent (C, T, H, W) float32, then copies of its last.
+    """out = bf16(latent std + mean) as pixels: frames `first` on of latent (C, T, H, W) float32, then its last again.
 
     mean, std (C) float32; out (n, H, W, C) bfloat16.
     """
@@ -322,7 +340,9 @@ def latent_pixels(
     check_tensor(f"{op}: mean", mean, (channels,), F32, latent.device)
     check_tensor(f"{op}: std", std, (channels,), F32, latent.device)
     check_pixels(f"{op}: out", out, (None, height, width, channels), latent.device)
-    require(isinstance(first, int) and 0 <= first < frames, f"{op}: first", f"a frame below {frames}", repr(first))
+    require(
+        isinstance(first, int) and 0 <= first < frames, f"{op}: first", f"a frame below {frames}", repr(first)
+    )
     if chosen == "reference":
         reference.latent_pixels(latent, mean, std, first, out)
     else:

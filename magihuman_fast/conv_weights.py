@@ -19,9 +19,9 @@ def pack_time(weight: Tensor) -> Tensor:
 def pack_upsample(weight: Tensor) -> Tensor:
     """The 3x3 weights (out, in, 3, 3) behind a nearest-neighbour doubling to (4: py px, out, 2, 2, in).
 
-    Row Y + d of the doubled picture, d = -1, 0, 1, is row (Y + d) // 2 of the small one. So of the three taps of an even
-    row the last two meet the same pixel, of an odd row the first two: their sum is one tap. Sums are taken in float32
-    and rounded once to weight's dtype.
+    Row Y + d of the doubled picture, d = -1, 0, 1, is row (Y + d) // 2 of the small one. So of the three taps of an
+    even row the last two meet the same pixel, of an odd row the first two: their sum is one tap. Sums are taken in
+    float32 and rounded once to weight's dtype.
     """
 
     def halve(w: Tensor, dim: int) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """What the Turbo VAE decoder launches for one window, and where every tensor lies: a pure function of the sizes.
 
-Three regions of memory hold everything. "stream" holds x, the raw input of the next shortcut; "normed" the normalised and
-activated input of the next convolution; "scratch" what lives shorter. A resnet goes through its frames in chunks, so that
-between its two convolutions only a ring of chunk + 2 frames exists: at 1920x1088, a tensor of 128 channels is 4.8 GB.
+Three regions of memory hold everything. "stream" holds x, raw: the input of the next shortcut; "normed" the normalised
+and activated input of the next convolution; "scratch" what lives shorter. A resnet goes through its frames in chunks, so
+that between its two convolutions only a ring of chunk + 2 frames exists: at 1920x1088, 128 channels are 4.8 GB.
 
 Frames are overwritten as soon as nothing reads them. With chunk a .. b - 1 the first convolution has run up to frame b
 and next reads from frame b on; the second writes a .. b - 1 over them, in no more bytes than they had, since widths
@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
-from .reference.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS
+from .reference.turbo_vae import SHORTCUT_RMS_EPS
 from .turbo_vae_config import TurboVAEConfig
 
 Region = Literal["stream", "normed", "scratch"]
 REGIONS: tuple[Region, ...] = ("stream", "normed", "scratch")
-CHUNK_BYTES = 1_400_000_000  # of ring and shortcut input together; a chunk has at least MIN_CHUNK frames all the same
+CHUNK_BYTES = (
+    1_400_000_000  # of ring and shortcut input together; a chunk has at least MIN_CHUNK frames all the same
+)
 MIN_CHUNK = 2
 MAX_FUSED_CHANNELS = 256  # a convolution's epilogue normalises up to so many
 MAX_CHANNELS, PATCH = 512, 2
@@ -51,7 +53,9 @@ class Pixels:
 class Step:
     """One launch: an operation of `ops`, the layer whose weights it takes, its tensors, and its frames."""
 
-    op: Literal["conv_3x3", "conv_1x1", "conv_upsample", "conv_time", "conv_picture", "channel_norm", "latent_pixels"]
+    op: Literal[
+        "conv_3x3", "conv_1x1", "conv_upsample", "conv_time", "conv_picture", "channel_norm", "latent_pixels"
+    ]
     layer: str
     x: Pixels
     first: int
@@ -151,7 +155,8 @@ def unsupported(config: TurboVAEConfig) -> str | None:
     if config.patch_size != PATCH:
         return f"patch_size is {config.patch_size}, the kernels need {PATCH}"
     if any(width % 8 or width > MAX_CHANNELS for width in widths) or list(widths) != sorted(widths):
-        return f"decoder_block_out_channels is {list(widths)}, the kernels need multiples of 8 up to {MAX_CHANNELS} that never fall"
+        expected = f"multiples of 8 up to {MAX_CHANNELS} that never fall"
+        return f"decoder_block_out_channels is {list(widths)}, the kernels need {expected}"
     return None
 
 
@@ -192,7 +197,9 @@ def plan_decode(
         else:
             assert isinstance(following, _Resnet)
             _upsample(b, operator, following)
-    b.step("conv_picture", "conv_out.conv", b.pixels("normed", config.decoder_block_out_channels[0]), 12, keep)
+    b.step(
+        "conv_picture", "conv_out.conv", b.pixels("normed", config.decoder_block_out_channels[0]), 12, keep
+    )
     return b.steps
 
 
@@ -246,9 +253,7 @@ def _upsample(b: _Builder, up: _Upsample, following: _Resnet) -> None:
     if up.time:
         frames = 2 * b.frames - b.drop
         doubled = b.pixels("scratch", c, frames)
-        b.step(
-            "conv_time", f"{up.name}.time_conv.conv", source, c, range(b.frames), out=doubled, drop=b.drop
-        )
+        b.step("conv_time", f"{up.name}.time_conv.conv", source, c, range(b.frames), out=doubled, drop=b.drop)
         b.frames, source = frames, doubled
     whole = range(b.frames)
     small = (b.height, b.width)

@@ -20,9 +20,9 @@ from .config import SUPER_RESOLUTIONS, VARIANTS, SuperResolution, Variant
 from .errors import Cancelled, CheckpointError, InputError
 from .image_encoder import ImageEncoder, preprocess_image
 from .reference.dit import DiT, infer_config
-from .reference.turbo_vae import TurboVAE
 from .request import PathLike, Request, check_request, load_driving_audio
 from .text_encoder import TextEncoder, load_negative_prompt
+from .turbo_vae import TurboVAE
 from .weights import open_checkpoint
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import torch
 from . import ops
 from .config import PATCH
 from .matrix_ops import HEAD_DIM
+from .torch_conv_ops import OPERATORS as _CONV_OPERATORS
 
 NAMESPACE = "magihuman_fast"
 Tensor = torch.Tensor
@@ -326,6 +327,7 @@ _OPERATORS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
         _changes_in_place,
     ),
     ("advance_step(Tensor(x!) step) -> ()", _advance_step, _changes_in_place),
+    *_CONV_OPERATORS,
 )
 
 

@@ -222,9 +222,7 @@ class TurboVAE:
             return
         weight, bias = self._layers[step.layer]
         if step.op == "conv_picture":
-            ops.conv_picture(
-                x, weight, bias, out, first=step.first, length=step.length, backend=self.backend
-            )
+            ops.conv_picture(x, weight, bias, out, first=step.first, length=step.length, backend=self.backend)
             return
         options: dict[str, Any] = {
             **span,
@@ -287,9 +285,7 @@ class Workspace:
 def window_plan(config: TurboVAEConfig, window: Window, height: int, width: int) -> list[Step]:
     """The launches of one window of latents of height x width."""
     keep = range(window.keep_start, window.keep_stop)
-    return plan_decode(
-        config, window.num_latent_frames, height, width, is_first=window.is_first, keep=keep
-    )
+    return plan_decode(config, window.num_latent_frames, height, width, is_first=window.is_first, keep=keep)
 
 
 def workspace_bytes(
@@ -320,7 +316,9 @@ def pack_layers(model: reference.TurboVAE) -> Layers:
 def _choose_backend(model: reference.TurboVAE, backend: ops.Backend | None) -> ops.Backend:
     """The backend asked for, checked, or the best one for this model."""
     if backend is not None and backend not in get_args(ops.Backend):
-        raise InputError(f"Turbo VAE backend: expected one of {get_args(ops.Backend)} or None, got {backend!r}")
+        raise InputError(
+            f"Turbo VAE backend: expected one of {get_args(ops.Backend)} or None, got {backend!r}"
+        )
     if backend == "reference":
         return backend
     reasons = [decode_plan.unsupported(model.config)]

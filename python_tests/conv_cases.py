@@ -156,7 +156,7 @@ def run(p: Problem, backend: ops.Backend = "sim", seed: int = 0) -> dict[str, to
     if backend == "sim":
         ops.simulator().set_seed(seed)
     out, t = outputs_of(p), p.tensors
-    taps_y, taps_x, taps_t, _, phases = FORMS[p.kind]
+    taps_t = FORMS[p.kind][2]
     op = "conv_3x3" if p.kind == "conv_frame" else p.kind
     w, bias = t["w"], t["bias"]
     options: dict[str, Any] = {}

@@ -94,6 +94,23 @@ def update_arguments() -> Arguments:
     return {"x": torch.randn(2, 3, 2, 2), "velocity": torch.randn(2, 3, 2, 2), "step": step_number()}
 
 
+def conv_arguments(*weights: int, bias: tuple[int, ...], scale: int = 1, frames: int = 2) -> Arguments:
+    """16 channels to 8; `weights` and `bias` are the shapes before the input's channels."""
+    shape = (frames, 3 * scale, 2 * scale, 8)
+    return {
+        "x": bf16(2, 3, 2, 16),
+        "w": bf16(*weights, 16),
+        "bias": torch.randn(bias),
+        "shortcut": bf16(*shape),
+        "out": bf16(*shape),
+        "normed": bf16(*shape),
+    }
+
+
+def without(arguments: Arguments, *names: str) -> Arguments:
+    return {name: value for name, value in arguments.items() if name not in names}
+
+
 VALID: dict[str, Callable[[], Arguments]] = {
     "gemm": product_arguments,
     "gemm_residual": residual_arguments,
@@ -130,4 +147,19 @@ VALID: dict[str, Callable[[], Arguments]] = {
         "guidance": torch.randn(4, 3),
     },
     "advance_step": lambda: {"step": step_number()},
+    "conv_3x3": lambda: conv_arguments(8, 3, 3, 3, bias=(8,)),
+    "conv_1x1": lambda: without(conv_arguments(8, 1, 1, 1, bias=(8,)), "shortcut"),
+    "conv_upsample": lambda: without(conv_arguments(4, 8, 2, 2, bias=(8,), scale=2), "shortcut"),
+    "conv_time": lambda: without(conv_arguments(2, 8, 3, bias=(2, 8), frames=4), "shortcut"),
+    "conv_picture": lambda: {
+        **without(conv_arguments(12, 3, 3, 3, bias=(12,)), "shortcut", "normed"),
+        "out": torch.zeros(2, 6, 4, 3, dtype=torch.uint8),
+    },
+    "channel_norm": lambda: {"x": bf16(2, 3, 2, 16), "normed": bf16(2, 3, 2, 16), "plain": bf16(1, 3, 2, 16)},
+    "latent_pixels": lambda: {
+        "latent": torch.randn(8, 2, 3, 2),
+        "mean": torch.randn(8),
+        "std": torch.randn(8),
+        "out": bf16(3, 3, 2, 8),
+    },
 }

@@ -11,7 +11,7 @@ import torch
 
 from backends import BACKENDS, device_of, offsets_tensor
 from cases import draw_weights
-from magihuman_fast import attention_ops, kernel_launch, matrix_ops, ops, pointwise_ops
+from magihuman_fast import attention_ops, conv_ops, kernel_launch, matrix_ops, ops, pointwise_ops
 from magihuman_fast.config import DiTConfig
 from magihuman_fast.packing import PackedTokens, unpatchify
 from magihuman_fast.reference.dit import DiT
@@ -62,7 +62,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **numbers: object) -> None:
         pytest.fail("launched")
 
-    for module in (attention_ops, matrix_ops, pointwise_ops):
+    for module in (attention_ops, conv_ops, matrix_ops, pointwise_ops):
         monkeypatch.setattr(module, "launch", refuse)
 
 
@@ -176,6 +176,24 @@ SPECIAL = [
     ("renoise_step", {"noise": torch.randn(3, 2, 3, 2, 2)}, r"noise: expected shape \(4, 2, 3, 2, 2\)"),
     ("unipc_step", {"guidance": None}, "guidance: expected null_velocity and guidance together"),
     ("unipc_step", {"guidance": torch.randn(4, 2)}, "guidance: expected 3 columns or 1, got 2"),
+    ("conv_3x3", {"w": bf16(8, 2, 3, 3, 16)}, r"w: expected 1 or 3 time taps, got \(8, 2, 3, 3, 16\)"),
+    ("conv_3x3", {"x": bf16(2, 3, 2, 12)}, "x: expected pixels of 8 n channels"),
+    ("conv_3x3", {"count": 3}, r"count: expected frames of a clip of 2, got 0 \+ 3"),
+    ("conv_3x3", {"first": -1}, "first: expected at least 0, got -1"),
+    ("conv_3x3", {"activation": "gelu"}, "activation: expected one of .*, got gelu"),
+    ("conv_3x3", {"out_eps": -1.0}, "out_eps: expected 0 or a positive number"),
+    ("conv_3x3", {"stride": 2}, r"options: expected some of .*, got \['stride'\]"),
+    ("conv_3x3", {"out": bf16(2, 3, 3, 8)}, r"out: expected shape \(any, 3, 2, 8\), got \(2, 3, 3, 8\)"),
+    (
+        "conv_1x1",
+        {"w": bf16(264, 1, 1, 1, 16), "bias": torch.randn(264), "out": None, "normed": bf16(2, 3, 2, 264)},
+        "w: expected at most 256 channels beside normed or out_eps, got 264",
+    ),
+    ("conv_time", {"drop": 2}, "drop: expected 0 or 1, got 2"),
+    ("conv_picture", {"first": 1}, r"count: expected frames of a clip of 2, got 1 \+ 2"),
+    ("channel_norm", {"eps": 0.0}, "eps: expected a positive number, got 0.0"),
+    ("channel_norm", {"x": bf16(1, 1, 1, 520)}, "x: expected at most 512 channels, got 520"),
+    ("latent_pixels", {"first": 2}, "first: expected a frame below 2, got 2"),
 ]
 
 
@@ -381,3 +399,12 @@ def test_no_rows_is_no_work(backend: ops.Backend) -> None:
     assert ops.rms_norm(torch.zeros(0, 16), torch.zeros(1, 16), backend=backend).shape == (0, 16)
     q = torch.zeros(0, 2, 128, dtype=torch.bfloat16)
     assert ops.gated_attention(q, q, q, torch.zeros(0, 2), backend=backend).shape == (0, 2, 128)
+
+
+def test_a_convolution_over_its_input_is_refused() -> None:
+    arguments = VALID["conv_3x3"]()
+    arguments["out"] = arguments["x"].flatten()[: 2 * 3 * 2 * 8].view(2, 3, 2, 8)
+    with pytest.raises(
+        ValueError, match=r"out: expected memory of its own, got memory that the input x shares"
+    ):
+        ops.conv_3x3(**arguments, backend="sim")

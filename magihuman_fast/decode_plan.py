@@ -1,8 +1,8 @@
 """What the Turbo VAE decoder launches for one window, and where every tensor lies: a pure function of the sizes.
 
 Three regions of memory hold everything. "stream" holds x, raw: the input of the next shortcut; "normed" the normalised
-and activated input of the next convolution; "scratch" what lives shorter. A resnet goes through its frames in chunks, so
-that between its two convolutions only a ring of chunk + 2 frames exists: at 1920x1088, 128 channels are 4.8 GB.
+and activated input of the next convolution; "scratch" what lives shorter. A resnet goes through its frames in chunks,
+so that between its convolutions only a ring of chunk + 2 frames exists: at 1920x1088, 128 channels are 4.8 GB.
 
 Frames are overwritten as soon as nothing reads them. With chunk a .. b - 1 the first convolution has run up to frame b
 and next reads from frame b on; the second writes a .. b - 1 over them, in no more bytes than they had, since widths

@@ -32,7 +32,7 @@ ENDINGS: dict[str, dict[str, Any]] = {
     "bare": {"out": True, "normed": True, "activation": "none"},
 }
 # Tiles by their output channels, with multiprocessors that get them (test_conv_tiles.py holds the choice to it).
-TILES = {"pair": (200, 2), "square": (104, 2), "narrow": (56, 2)}
+TILES = {"pair": (200, 2), "square": (104, 1), "narrow": (56, 2)}
 
 # Frames, height, width; channels of the input; the first frame and how many are computed (0: all from there on).
 # Units have 8 x 8 pixels and blocks 2 or 4 of them, boxes 64 channels; rings have 2 to 6 stages.

@@ -21,9 +21,8 @@ from .turbo_vae_config import TurboVAEConfig
 
 Region = Literal["stream", "normed", "scratch"]
 REGIONS: tuple[Region, ...] = ("stream", "normed", "scratch")
-CHUNK_BYTES = (
-    1_400_000_000  # of ring and shortcut input together; a chunk has at least MIN_CHUNK frames all the same
-)
+# Of ring and shortcut input together; a chunk has at least MIN_CHUNK frames all the same.
+CHUNK_BYTES = 1_200_000_000
 MIN_CHUNK = 2
 MAX_FUSED_CHANNELS = 256  # a convolution's epilogue normalises up to so many
 MAX_CHANNELS, PATCH = 512, 2

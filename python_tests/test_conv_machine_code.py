@@ -1,0 +1,87 @@
+"""What nvcc makes of the decoder's kernels: no spills, no local memory, the products and copies that were meant."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from test_machine_code import (
+    Kernel,
+    check_no_fence_before_arrivals,
+    check_no_spills,
+    check_registers,
+    compile_kernels,
+)
+from test_simulator import CSRC
+
+# Source: its tiles (vertical taps, channels, units of a warpgroup, blocks of a cluster, stages of both rings).
+TILES: dict[str, list[tuple[int, ...]]] = {
+    "launch_conv_3x3": [(3, 256, 1, 2, 3, 4), (3, 128, 2, 1, 2, 6), (3, 64, 2, 1, 3, 6)],
+    "launch_conv_upsample": [(2, 256, 1, 2, 3, 4), (2, 128, 2, 1, 3, 5)],
+    "launch_conv_line": [(1, 256, 1, 2, 4, 4), (1, 128, 2, 1, 4, 4)],
+    "launch_conv_picture": [(3, 16, 2, 1, 4, 6)],
+}
+POINTWISE = {"channel_norm": "channel_norm_sm90", "latent_pixels": "latent_pixels_sm90"}
+CASES = [(source, tile) for source, tiles in TILES.items() for tile in tiles]
+Kernels = dict[tuple[str, str], Kernel]
+
+
+def name_of(tile: tuple[int, ...]) -> str:
+    return f"conv_sm90<magihuman::conv::TileConfig<{', '.join(map(str, tile))}>"
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Every compiled kernel of csrc/conv by source and name."""
+    names = {source: [name_of(tile) for tile in tiles] for source, tiles in TILES.items()}
+    names |= {source: [kernel] for source, kernel in POINTWISE.items()}
+    sources = {CSRC / "conv" / f"{source}.cu": kernels for source, kernels in names.items()}
+    return compile_kernels(tmp_path_factory.mktemp("conv_machine_code"), sources)
+
+
+def test_every_source_is_in_the_table() -> None:
+    assert sorted(path.stem for path in CSRC.glob("conv/*.cu")) == sorted([*TILES, *POINTWISE])
+
+
+@pytest.mark.parametrize(("source", "tile"), CASES)
+def test_convolution(kernels: Kernels, source: str, tile: tuple[int, ...]) -> None:
+    kernel = kernels[source, name_of(tile)]
+    check_no_spills(kernel)
+    check_registers(kernel)
+    check_no_fence_before_arrivals(kernel)
+    taps_y, channels, units, blocks, *_ = tile
+    shapes = re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16 ", kernel.code)
+    assert {int(n) for n in shapes} == {channels}
+    # Four to 64 channels, tap and unit, for the first box and for the others.
+    assert len(shapes) == 2 * 4 * taps_y * units
+    # A box of pixels per unit and stage, of rank 4; weights for each tap, of rank 3, in a pair for both blocks.
+    assert len(re.findall(r"UTMALDG\.4D ", kernel.code)) == 2 * units
+    weights = re.findall(r"UTMALDG\.3D(\.MULTICAST)? ", kernel.code)
+    assert weights == [".MULTICAST" if blocks == 2 else ""] * taps_y
+
+
+@pytest.mark.parametrize(("source", "tile"), CASES)
+def test_pixels_leave_in_whole_lines(kernels: Kernels, source: str, tile: tuple[int, ...]) -> None:
+    code = kernels[source, name_of(tile)].code
+    if source == "launch_conv_picture":
+        assert re.search(r"STG\.E\.U16 ", code)
+        return
+    assert re.search(r"STG\.E\.128 ", code)
+    assert not re.search(r"STG\.E(\.U16|\.U8|\.64)? ", code)
+    assert re.search(r"LDSM\.16\.M88\.4 ", code)  # the shortcut, as the products' layout has it
+    assert re.search(r"CCTL\.E\.PF2|CCTL\.PF2|PREFETCH|CCTL", code)
+
+
+@pytest.mark.parametrize("source", POINTWISE)
+def test_pointwise(kernels: Kernels, source: str) -> None:
+    kernel = kernels[source, POINTWISE[source]]
+    check_no_spills(kernel)
+    assert re.search(r"STG\.E\.128 ", kernel.code)
+    if source == "channel_norm":
+        # Four pixels of two vectors under way before the first is reduced.
+        first_sum = kernel.code.index("SHFL.BFLY")
+        assert len(re.findall(r"LDG\.E\.128 ", kernel.code[:first_sum])) == 8
+        registers = re.search(r"Used (\d+) registers", kernel.resources)
+        assert registers is not None
+        assert int(registers[1]) <= 64  # four blocks of 256 threads to a multiprocessor

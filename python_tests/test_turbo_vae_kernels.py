@@ -1,5 +1,5 @@
 """The decoder made of kernels: golden windows in the simulator, its plan at published sizes, parity on a GPU with the
-the float32 reference."""
+float32 reference."""
 
 from __future__ import annotations
 

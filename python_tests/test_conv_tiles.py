@@ -13,7 +13,7 @@ from magihuman_fast.decode_plan import Step
 from magihuman_fast.reference.turbo_vae import plan_windows
 from magihuman_fast.turbo_vae import window_plan
 from magihuman_fast.turbo_vae_config import TurboVAEConfig
-from test_gemm_tiles import CSRC, TEXT, build_library
+from sim_library import TEXT, build_library
 
 PAIR, SQUARE, NARROW = (
     "128 pixels x 256 channels, pairs",
@@ -36,7 +36,7 @@ LATENTS = {"256p": (16, 28), "540p": (34, 60), "1080p": (68, 120)}
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """csrc/conv/tests/sim_library.cpp with the simulator."""
-    return build_library(tmp_path_factory.mktemp("conv_library"), CSRC / "conv" / "tests" / "sim_library.cpp")
+    return build_library("conv", tmp_path_factory.mktemp("conv_library"))
 
 
 def verdicts(

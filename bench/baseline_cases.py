@@ -1,28 +1,21 @@
-"""What the libraries reach at the model's shapes, with or without kernels of ours: cuBLAS with and without padding,
-convolutions, and whole layers of the plain PyTorch model.
+"""What the libraries reach at the model's shapes without kernels of ours: cuBLAS with and without padding, and whole
+layers of the plain PyTorch model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from math import prod
 
 import torch
-import torch.nn.functional as F
 
 from kernel_cases import BF16, TINY, Case, Setting, Variant, compiled
-from magihuman_fast.config import LATENT_CHANNELS, DiTConfig
+from magihuman_fast.config import DiTConfig
 from magihuman_fast.packing import pack
 from magihuman_fast.reference.dit import DiT, rope_bands
-from magihuman_fast.reference.turbo_vae import TurboVAE
-from magihuman_fast.turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
 from timing import Call, Result
 from workload import (
-    DECODE_FRAMES,
-    ConvShape,
     attention_flops,
-    decoder_convs,
     gemm_bytes,
     gemm_flops,
     layer_linears,
@@ -48,65 +41,6 @@ def padding_cases(s: Setting) -> Iterator[Case]:
         shape = f"{s.clip.name}: {m} x {n} x {k}"
         variants = (Variant("cuBLAS", make),)
         yield Case("linear", shape, gemm_flops(m, n, k), gemm_bytes(m, n, k, 1, 2 * n), variants)
-
-
-def conv_cases(s: Setting) -> Iterator[Case]:
-    """The video decoder's 3x3x3 convolutions in channels-last bf16, without what surrounds them."""
-    shapes = [ConvShape(8, (2, 4, 4))] if s.config == TINY.config else decoder_convs(s.clip)
-    for shape in shapes:
-
-        def make(shape: ConvShape = shape) -> Call:
-            channels, layout = shape.channels, torch.channels_last_3d
-            x = s.normal(1, *shape.grid, channels, dtype=BF16).permute(0, 4, 1, 2, 3)
-            weight = s.normal(channels, channels, 3, 3, 3, scale=(27 * channels) ** -0.5, dtype=BF16)
-            weight = weight.contiguous(memory_format=layout)
-            return lambda: F.conv3d(x, weight, padding=1)
-
-        t, h, w = shape.grid
-        name = f"{s.clip.name}: {shape.channels} channels, {t} x {h} x {w}"
-        yield Case("conv3d", name, shape.flops, shape.nbytes, (Variant("cuDNN, channels last", make),))
-
-
-def decode_cases(s: Setting) -> Iterator[Case]:
-    """One whole decode window of the plain PyTorch decoder in bf16, random weights."""
-    if s.config == TINY.config:
-        values = {**PUBLISHED_CONFIG, "decoder_block_out_channels": [8, 8, 16, 16]}
-        values["decoder_layers_per_block"] = [1, 1, 1, 1, 1]
-    else:
-        values = dict(PUBLISHED_CONFIG)
-    height, width = s.clip.latent[2:]
-
-    def make() -> Call:
-        vae = decoder(s, values)
-        z = s.normal(1, DECODE_FRAMES, height, width, LATENT_CHANNELS, dtype=BF16).permute(0, 4, 1, 2, 3)
-        return lambda: vae._forward(z, False)
-
-    shape = f"{s.clip.name}: {DECODE_FRAMES} latent frames of {height} x {width}"
-    flops = decode_flops(values, (height, width))
-    # Its bytes are the activations between the layers, which a better version would not move: not counted.
-    yield Case("decode window", shape, flops, 0, (Variant("PyTorch", make),), footprint=1 << 30)
-
-
-def decoder(s: Setting, values: dict[str, object]) -> TurboVAE:
-    shapes = TurboVAEConfig.from_dict(values).state_dict_shapes()
-    weights = {
-        name: s.normal(*shape, scale=prod(shape[1:]) ** -0.5, dtype=BF16) for name, shape in shapes.items()
-    }
-    return TurboVAE.from_state_dict(values, weights, device=s.device, dtype=BF16)
-
-
-def decode_flops(values: dict[str, object], size: tuple[int, int]) -> int:
-    """Operations of one decode window's convolutions, counted by torch on tensors without data."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    shapes = TurboVAEConfig.from_dict(values).state_dict_shapes()
-    names = ((name.removeprefix("decoder."), shape) for name, shape in shapes.items())
-    weights = {name: torch.empty(shape, device="meta", dtype=BF16) for name, shape in names}
-    vae = TurboVAE(TurboVAEConfig.from_dict(values), weights)
-    z = torch.empty(1, LATENT_CHANNELS, DECODE_FRAMES, *size, device="meta", dtype=BF16)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae._forward(z, False)
-    return int(counter.get_total_flops())
 
 
 # --- layers of the plain PyTorch model ------------------------------------------------------------------------

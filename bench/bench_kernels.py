@@ -16,7 +16,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from baseline_cases import conv_cases, padding_cases
+from baseline_cases import padding_cases
+from decoder_cases import decode_window_cases, decoder_layer_cases
 from gated_attention_cases import attention_cases, window_attention_cases
 from kernel_cases import (
     REDUCED,
@@ -44,7 +45,7 @@ def cases() -> Iterator[tuple[Setting, Case]]:
             for case in build(s):
                 if GPU or "3 experts" not in case.shape or case.op in ("gemm_gelu7", "rms_norm"):
                     yield s, case
-        baselines = [padding_cases, conv_cases] if GPU else []
+        baselines = [padding_cases, decoder_layer_cases, decode_window_cases] if GPU else []
         if s.clip.name == "1080p":
             baselines.append(window_attention_cases)
         for build in baselines:

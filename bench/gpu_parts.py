@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 import torch  # noqa: E402
 
 import baseline_cases  # noqa: E402
+import decoder_cases  # noqa: E402
 import gated_attention_cases  # noqa: E402
 import kernel_cases  # noqa: E402
 from kernel_cases import TINY, Case, Setting, gpu_setting, run_case  # noqa: E402
@@ -172,10 +173,10 @@ def read_junit(path: Path) -> dict[str, Any]:
 def small_operations(device: str) -> None:
     """Launch every operation once on a small problem; for tools that watch the launches.
 
-    Products and attention again on two multiprocessors, where each block has more than one tile to do.
+    Products, attention and convolutions again on two multiprocessors, where each block has more than one tile to do.
     """
     backend = "gpu" if device == "cuda" else "reference"
-    persistent = (kernel_cases.gemm_cases, kernel_cases.fused_cases, ATTENTION, WINDOW)
+    persistent = (kernel_cases.gemm_cases, kernel_cases.fused_cases, ATTENTION, WINDOW, LAYERS_OF_DECODER)
     for num_sms, builders in ((0, (*persistent, kernel_cases.pointwise_cases)), (2, persistent)):
         s = dataclasses.replace(TINY, clip=SMALL, device=device, backend=backend, num_sms=num_sms)
         for case in (case for build in builders for case in build(s)):
@@ -223,14 +224,15 @@ def ceilings(records: Records, dry: bool) -> None:
 
 PADDING, LAYERS = baseline_cases.padding_cases, baseline_cases.layer_cases
 ATTENTION, WINDOW = gated_attention_cases.attention_cases, gated_attention_cases.window_attention_cases
-DECODER = (baseline_cases.conv_cases, baseline_cases.decode_cases)
+LAYERS_OF_DECODER = decoder_cases.decoder_layer_cases
+DECODER = (decoder_cases.decode_window_cases, LAYERS_OF_DECODER, decoder_cases.decode_clip_cases)
 TIMED = {
     "products": ("plain and fused products", (kernel_cases.gemm_cases, kernel_cases.fused_cases)),
     "pointwise": ("norms, embedders, head, sampler updates", (kernel_cases.pointwise_cases,)),
-    "libraries": ("cuBLAS padding, layers, decoder", (PADDING, LAYERS, *DECODER)),
+    "libraries": ("cuBLAS padding, layers", (PADDING, LAYERS)),
     "attention": ("gated attention, of torch and of flash-attn", (ATTENTION,)),
     "windowed": ("the same, and within the frame window", (ATTENTION, WINDOW)),
-    "decoder": ("convolutions and a decode window", DECODER),
+    "decoder": ("a decode window, its layers, a clip", DECODER),
 }
 
 
@@ -254,6 +256,7 @@ PARTS = {
         timed_part("products", "256p", 240),
         timed_part("attention", "256p", 90),
         timed_part("windowed", "1080p", 150),
+        timed_part("decoder", "256p", 180),
         timed_part("pointwise", "256p", 90),
         timed_part("libraries", "256p", 240),
         timed_part("products", "540p", 240),
@@ -263,7 +266,8 @@ PARTS = {
         Part("cutlass", "CUTLASS's collective product, 256p", 240, cutlass),
         timed_part("attention", "540p", 90),
         timed_part("pointwise", "1080p", 90),
-        timed_part("decoder", "1080p", 180),
+        timed_part("decoder", "1080p", 300),
+        timed_part("decoder", "540p", 180),
     )
 }
 # One of each kind: what a dry run runs.

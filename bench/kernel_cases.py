@@ -16,7 +16,7 @@ import torch
 from magihuman_fast import ops
 from magihuman_fast.config import AUDIO_CHANNELS, DiTConfig
 from magihuman_fast.reference.dit import GATE_MAX, NORM_EPS, SIGMOID_SLOPE
-from timing import Call, Ceilings, Result, measure
+from timing import Call, Ceilings, HostStopwatch, Result, measure
 from workload import CLIPS, Tokens, gemm_bytes, gemm_flops, padded
 
 BF16 = torch.bfloat16
@@ -90,12 +90,15 @@ class Case:
     variants: tuple[Variant, ...]
     note: str = ""
     footprint: int | None = None  # bytes one call passes through the cache, where that is not `nbytes`
+    on_host: bool = False  # the call itself waits for the device
 
 
 def run_case(case: Case, device: str, ceilings: Ceilings, emit: Emit, fail: Fail, **options: Any) -> None:
     """Time every variant of a case. One that raises is reported to `fail`; the others are timed all the same."""
     results: list[Result] = []
     touched = case.nbytes if case.footprint is None else case.footprint
+    if case.on_host:
+        options["stopwatch"] = HostStopwatch()
     for variant in case.variants:
         try:
             with torch.no_grad():

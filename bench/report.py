@@ -33,7 +33,7 @@ class Target:
     op: str
     shape: str
     value: str  # "speedup", "tflops", "peak_share" or "full_rate": operations a second over those without a window
-    at_least: float
+    at_least: float  # with "seconds": at most
     baseline: str = ""
 
     def applies(self, op: str, shape: str) -> bool:
@@ -42,6 +42,8 @@ class Target:
     def text(self) -> str:
         if self.value == "speedup":
             return f"≥ {self.at_least:g} x {self.baseline}"
+        if self.value == "seconds":
+            return f"≤ {self.at_least:g} s"
         if self.value == "full_rate":
             return f"≥ {self.at_least:g} of the rate without a window"
         return (
@@ -54,6 +56,8 @@ class Target:
         """None where the result, or its run, lacks the value, or has it beside another baseline."""
         if self.value == "tflops":
             return rate(result) / 1e12 >= self.at_least
+        if self.value == "seconds":
+            return result.timing.seconds <= self.at_least
         if self.value == "full_rate":
             clip = result.shape.split(":")[0]
             full = [
@@ -79,6 +83,13 @@ TARGETS = (
     Target("gated_attention", ".* heads on .*", "speedup", 1.0, "SDPA cudnn"),
     Target("gated_attention", "(256p|540p): .* heads on .*", "tflops", 640),
     Target("gated_attention", ".* window .*", "full_rate", 0.95),
+    Target("conv_3x3", r".*: (128|256|512) -> (128|256|512) channels.*", "tflops", 500),
+    Target("conv_3x3", ".*: (64|128) -> 64 channels.*", "tflops", 350),
+    Target("decode_window", ".*", "speedup", 2.0, "cuDNN, channels last"),
+    Target("decode_clip", "256p: .*", "seconds", 0.15),
+    Target("decode_clip", "540p: .*", "seconds", 0.65),
+    Target("decode_clip", "1080p: .*", "seconds", 2.6),
+    Target("channel_norm", ".*", "peak_share", 0.85),
     Target("rms_norm|renoise_step|clamp_image|unipc_step", ".*", "peak_share", 0.85),
 )
 
@@ -132,11 +143,19 @@ def markdown(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> s
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def operations(root: Path) -> dict[str, list[str]]:
+    """Every operation with its sources; a decode window and a clip, measured as one, are made of the decoder's."""
+    found = kernel_sources(root)
+    parts = [files for op, files in found.items() if op.startswith("conv_")]
+    whole = sorted(set().union(*parts))
+    return found | ({"decode_window": whole, "decode_clip": whole} if parts else {})
+
+
 def kernel_table(records: Sequence[dict[str, Any]], root: Path = ROOT) -> str:
     """Every kernel: its newest results, or that it has none."""
     measured, now = latest(records), digests(root)
     rows = []
-    for op, files in kernel_sources(root).items():
+    for op, files in operations(root).items():
         own = []
         for result, record in (found for (name, _), found in measured.items() if name == op):
             *cells, run = row(result, record)
@@ -150,7 +169,7 @@ def stale(records: Sequence[dict[str, Any]], root: Path = ROOT) -> dict[str, str
     """Kernels whose sources are not those of their last run, or that have none, and why."""
     now, found = digests(root), {}
     runs = {op: record for record in records for op, _ in latest([record])}
-    for op, files in kernel_sources(root).items():
+    for op, files in operations(root).items():
         if op not in runs:
             found[op] = NOT_RUN
             continue

@@ -106,31 +106,3 @@ def attention_bytes(config: DiTConfig, clip: Tokens) -> int:
 def gemm_bytes(m: int, n: int, k: int, groups: int, per_row: int) -> int:
     """bf16 operands read once, plus `per_row` bytes read or written per output row."""
     return 2 * (m * k + groups * n * k) + m * per_row
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    """A 3x3x3 convolution with as many channels out as in, over (frames, height, width)."""
-
-    channels: int
-    grid: tuple[int, int, int]
-
-    @property
-    def flops(self) -> int:
-        return 2 * prod(self.grid) * self.channels**2 * 27
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * (2 * prod(self.grid) * self.channels + 27 * self.channels**2)
-
-
-# Latent frames of a window in the middle of a clip, one frame of context on either side included.
-DECODE_FRAMES = 9
-
-
-def decoder_convs(clip: Tokens) -> list[ConvShape]:
-    """One convolution of each size in the video decoder, at a window in the middle of the clip."""
-    height, width = clip.latent[2:]
-    # Channels, then how often time and space have been doubled.
-    levels = ((512, 1, 1), (512, 2, 2), (256, 4, 4), (128, 4, 8), (64, 4, 8))
-    return [ConvShape(c, (t * DECODE_FRAMES, s * height, s * width)) for c, t, s in levels]

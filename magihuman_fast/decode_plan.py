@@ -139,8 +139,9 @@ class _Builder:
             return
         assert raw is not None
         self.step(op, layer, x, channels, span, shortcut=shortcut, out=raw)
-        norm = {"out": plain, "out_eps": SHORTCUT_RMS_EPS, "normed": normed, "activation": activation}
-        self.step("channel_norm", layer, raw, channels, span, **norm)
+        out_eps = 0.0 if plain is None else SHORTCUT_RMS_EPS
+        ending = {"out": plain, "out_eps": out_eps, "normed": normed, "activation": activation}
+        self.step("channel_norm", layer, raw, channels, span, **ending)
 
     def chunk(self, channels: int) -> int:
         """Frames of a chunk: all, or as many as leave room for ring and shortcut input."""

@@ -126,7 +126,7 @@ class TurboVAE:
             for window in windows:
                 size = (3, window.keep_stop - window.keep_start, h * VAE_STRIDE, w * VAE_STRIDE)
                 picture = torch.empty(size, device=self.device)
-                self._run(latent, window, picture, workspace)
+                self.run_window(latent, window, picture, workspace)
                 yield picture
 
     def _frames_in_place(
@@ -134,7 +134,7 @@ class TurboVAE:
     ) -> Iterator[int]:
         """Decode into host memory itself; yields how many windows are done."""
         for done, window in enumerate(windows, start=1):
-            self._run(latent, window, frames[window.out_start : window.out_stop], workspace)
+            self.run_window(latent, window, frames[window.out_start : window.out_stop], workspace)
             yield done
 
     def _frames_by_copy(
@@ -147,7 +147,7 @@ class TurboVAE:
             if i >= 2:
                 stream.wait_event(arrived[i - 2])
             buffer = workspace.frames[i % 2][: window.keep_stop - window.keep_start]
-            self._run(latent, window, buffer, workspace)
+            self.run_window(latent, window, buffer, workspace)
             copies.wait_stream(stream)
             with torch.cuda.stream(copies):
                 frames[window.out_start : window.out_stop].copy_(buffer, non_blocking=True)
@@ -189,7 +189,7 @@ class TurboVAE:
         return (most, height * VAE_STRIDE, width * VAE_STRIDE, 3)
 
     @torch.no_grad()
-    def _run(self, latent: Tensor, window: Window, out: Tensor, workspace: Workspace) -> None:
+    def run_window(self, latent: Tensor, window: Window, out: Tensor, workspace: Workspace) -> None:
         """One window's launches: latent (48, T, h, w) to `out`, uint8 (f, H, W, 3) or float32 (3, f, H, W)."""
         plan = window_plan(self.config, window, latent.shape[2], latent.shape[3])
         for step in plan:

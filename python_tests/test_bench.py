@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import baseline_cases
+import decoder_cases
 import gated_attention_cases
 import gpu_parts
 import kernel_cases
@@ -179,11 +180,24 @@ def test_operations_and_bytes_of_cases() -> None:
     assert nbytes == 4 * (count + 126 * 64 + 5120 * (192 + 64) + 400 * 5120 + 4110 * 5120)
 
 
-def test_decode_window_operations() -> None:
-    """A window of 9 latent frames is 9/43 of the five windows' 65 TF, less what the first window drops."""
-    values = dict(baseline_cases.PUBLISHED_CONFIG)
-    found = baseline_cases.decode_flops(values, (16, 28)) / 1e12
-    assert found == pytest.approx(65 * 9 / 43, rel=0.03)
+@pytest.mark.parametrize(("clip", "published"), [("256p", 65), ("540p", 298), ("1080p", 1191)])
+def test_decode_window_operations(clip: str, published: float) -> None:
+    """In 10^12: 9 of the 43 latent frames that a clip's windows decode, less what the upsamplers save."""
+    found = decoder_cases.window_flops(kernel_cases.gpu_setting(clip)) / 1e12
+    assert 0.95 * published * 9 / 43 <= found <= published * 9 / 43
+
+
+def test_layers_of_a_decode_window() -> None:
+    """Every layer of the published decoder is among the cases, and their sizes are the window's."""
+    cases = list(decoder_cases.decoder_layer_cases(kernel_cases.gpu_setting("1080p")))
+    shapes = {case.shape.split(": ")[1] for case in cases if case.op == "conv_3x3"}
+    assert "128 -> 128 channels, 36 x 544 x 960, norm" in shapes
+    assert "64 -> 64 channels, 36 x 544 x 960, shortcut, raw, norm" in shapes
+    assert len({(case.op, case.shape) for case in cases}) == len(cases)
+    sixty_four = next(c for c in cases if c.shape.endswith("64 -> 64 channels, 36 x 544 x 960, norm"))
+    pixels = 36 * 544 * 960
+    assert sixty_four.flops == 2 * 27 * 64 * 64 * pixels
+    assert sixty_four.nbytes == 2 * 2 * 64 * pixels + 2 * 27 * 64 * 64
 
 
 # --- cases and parts ------------------------------------------------------------------------------------------
@@ -191,8 +205,10 @@ def test_decode_window_operations() -> None:
 
 def every_case() -> list[Case]:
     b, k = baseline_cases, kernel_cases
-    builders = (k.gemm_cases, k.fused_cases, k.pointwise_cases, b.padding_cases, b.conv_cases, b.layer_cases)
-    builders += (attention_cases, window_attention_cases)
+    builders = (k.gemm_cases, k.fused_cases, k.pointwise_cases, b.padding_cases, b.layer_cases)
+    d = decoder_cases
+    builders += (attention_cases, window_attention_cases, d.decoder_layer_cases)
+    builders += (d.decode_window_cases, d.decode_clip_cases)
     return [case for build in builders for case in build(TINY)]
 
 

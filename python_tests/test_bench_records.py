@@ -187,6 +187,8 @@ def test_every_operation_has_sources() -> None:
     assert set(found) == set(ops.__all__) - {
         "AttentionBackend",
         "Backend",
+        "ConvOptions",
+        "PixelOutputs",
         "QkvGate",
         "gpu_unavailable",
         "simulator",
@@ -239,6 +241,20 @@ def test_table_beside_the_targets(tree: Path) -> None:
     assert "≥ 0.97 x cuBLAS: not measured" in report.kernel_table([a_record(tree, beside_another)], tree)
     (tree / "csrc/gemm/own.cuh").write_text("// changed\n")
     assert "| NVIDIA H200, 0123456789; changed since |" in report.kernel_table([old], tree)
+
+
+def test_a_clip_must_be_decoded_in_time() -> None:
+    (target,) = [t for t in report.TARGETS if t.applies("decode_clip", "1080p: 125 frames")]
+    assert target.text() == "≤ 2.6 s"
+    timing_of = a_result().timing
+    for seconds, met in ((2.5, True), (2.7, False)):
+        assert target.met(a_result(timing=dataclasses.replace(timing_of, seconds=seconds))) is met
+
+
+def test_a_decode_is_made_of_the_convolutions() -> None:
+    found = report.operations(timing.ROOT)
+    assert found["decode_clip"] == found["decode_window"]
+    assert set(found["conv_picture"]) < set(found["decode_window"])
 
 
 def test_report_prints_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

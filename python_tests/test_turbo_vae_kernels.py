@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from math import log10, prod
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import decoder_cases
 from cases import load_golden
+from kernel_cases import TINY, Setting, gpu_setting
 from magihuman_fast import InputError, decode_plan, ops
 from magihuman_fast import TurboVAE as PublicTurboVAE
 from magihuman_fast.decode_plan import Pixels, Step, merged
@@ -321,6 +324,64 @@ def test_gpu_parity_check_holds_in_the_simulator() -> None:
     values = dict(TINY_CONFIG) | {"first_chunk_size": 1, "step_size": 1}
     ops.simulator().set_multiprocessor_count(4)
     assert check_parity(values, random_latent(2, 1, 1), "cpu", "sim") > 30
+
+
+def check_layer(step: Step, s: Setting) -> None:
+    """One launch at its shape in the decoder, element by element against the same in bf16 PyTorch."""
+    given = {
+        name: value for name, value in decoder_cases.layer_inputs(step, s).items() if name != "published"
+    }
+    names = [name for name in ("out", "normed", "plain") if name in given]
+    found = {}
+    for backend in (s.backend, "reference"):
+        fresh = dict(given)
+        for name in names:
+            empty = given[name].dtype == torch.uint8
+            fresh[name] = torch.full_like(given[name], 77 if empty else torch.nan)
+        getattr(ops, step.op)(**fresh, backend=backend)
+        found[backend] = {name: fresh[name] for name in names}
+    for name in names:
+        got, ref = found[s.backend][name].float(), found["reference"][name].float()
+        if step.op == "conv_picture":
+            assert int((got - ref).abs().max()) <= 3  # levels of 255: one unit of bf16 near 1 is one of them
+            continue
+        # A few units of bf16, and where sums cancel or an activation bends a share of the usual size.
+        bound = ref.abs().mul_(2**-5).add_(2**-4 * ref.square().mean().sqrt())
+        assert ((got - ref).abs() <= bound).all(), f"{name} of {step.op} {step.layer} differs from PyTorch"
+
+
+def test_gpu_check_of_layers_holds_in_the_simulator() -> None:
+    ops.simulator().set_multiprocessor_count(4)
+    for step in decoder_cases.layers_of(TINY):
+        check_layer(step, replace(TINY, backend="sim"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", ["256p", "1080p"])
+def test_layers_on_a_gpu(size: str) -> None:
+    setting = gpu_setting(size)
+    for step in decoder_cases.layers_of(setting):
+        check_layer(step, setting)
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_a_captured_window_equals_a_launched_one() -> None:
+    setting = gpu_setting("256p")
+    vae, latent = TurboVAE(decoder_cases.decoder(setting), "gpu"), setting.normal(*setting.clip.latent)
+    window = decoder_cases.middle_window(setting)
+    frames = torch.zeros(28, 256, 448, 3, dtype=torch.uint8, device="cuda")
+    space = Workspace(workspace_bytes(PUBLISHED, [window], 16, 28), frames.shape, vae.device)
+    vae.run_window(latent, window, frames, space)
+    launched = frames.clone()
+    frames.zero_()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        vae.run_window(latent, window, frames, space)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(frames, launched)
 
 
 @pytest.mark.gpu

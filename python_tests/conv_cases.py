@@ -32,10 +32,10 @@ ENDINGS: dict[str, dict[str, Any]] = {
     "bare": {"out": True, "normed": True, "activation": "none"},
 }
 # Tiles by their output channels, with multiprocessors that get them (test_conv_tiles.py holds the choice to it).
-TILES = {"pair": (200, 2), "square": (104, 1), "narrow": (56, 2)}
+TILES = {"pair": (200, 2), "square": (104, 1), "tall": (56, 4)}
 
 # Frames, height, width; channels of the input; the first frame and how many are computed (0: all from there on).
-# Units have 8 x 8 pixels and blocks 2 or 4 of them, boxes 64 channels; rings have 2 to 6 stages.
+# Units have 8 x 8 or 8 x 32 pixels and blocks 2 or 4 of them, boxes 64 channels; rings have 2 to 6 stages.
 SIZES: tuple[tuple[tuple[int, int, int], int, tuple[int, int]], ...] = (
     ((1, 1, 1), 8, (0, 0)),
     ((1, 3, 5), 48, (0, 0)),
@@ -44,6 +44,7 @@ SIZES: tuple[tuple[tuple[int, int, int], int, tuple[int, int]], ...] = (
     ((5, 7, 2), 16, (1, 3)),
     ((2, 17, 8), 136, (1, 0)),
     ((4, 1, 33), 8, (3, 1)),
+    ((1, 41, 3), 24, (0, 0)),
 )
 
 

@@ -38,7 +38,7 @@ CASES = [(kind, ending) for kind in FORMS for ending in ENDINGS]
 
 
 def tiles_of(kind: str) -> list[str]:
-    return [tile for tile in TILES if tile != "narrow" or kind in ("conv_3x3", "conv_frame")]
+    return [tile for tile in TILES if tile != "tall" or kind in ("conv_3x3", "conv_frame")]
 
 
 @pytest.mark.parametrize(("kind", "ending"), CASES)

@@ -10,12 +10,13 @@ from machine_code import CSRC, Kernel, compile_kernels
 
 # Threads share 65536 registers: 384 of them start with 168 each; then one warpgroup keeps 40 and two take 232.
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
-# Source: its tiles (vertical taps, channels, units of a warpgroup, blocks of a cluster, stages of both rings).
+# Source: its tiles (vertical taps, channels, units of a warpgroup and their rows, blocks of a cluster, stages of both
+# rings). Units of 32 rows are columns of the products.
 TILES: dict[str, list[tuple[int, ...]]] = {
-    "launch_conv_3x3": [(3, 256, 1, 2, 3, 4), (3, 128, 2, 1, 2, 6), (3, 64, 2, 1, 3, 6)],
-    "launch_conv_upsample": [(2, 256, 1, 2, 3, 4), (2, 128, 2, 1, 3, 5)],
-    "launch_conv_line": [(1, 256, 1, 2, 4, 4), (1, 128, 2, 1, 4, 4)],
-    "launch_conv_picture": [(3, 16, 2, 1, 4, 6)],
+    "launch_conv_3x3": [(3, 256, 1, 8, 2, 3, 4), (3, 128, 2, 8, 1, 2, 6), (3, 64, 1, 32, 1, 2, 5)],
+    "launch_conv_upsample": [(2, 256, 1, 8, 2, 3, 4), (2, 128, 2, 8, 1, 3, 5)],
+    "launch_conv_line": [(1, 256, 1, 8, 2, 4, 4), (1, 128, 2, 8, 1, 4, 4)],
+    "launch_conv_picture": [(3, 16, 2, 8, 1, 4, 6)],
 }
 POINTWISE = {"channel_norm": "channel_norm_sm90", "latent_pixels": "latent_pixels_sm90"}
 CASES = [(source, tile) for source, tiles in TILES.items() for tile in tiles]
@@ -57,9 +58,9 @@ def test_convolution(kernels: Kernels, source: str, tile: tuple[int, ...]) -> No
     arrivals = [i for i, line in enumerate(lines) if "SYNCS.ARRIVE" in line]
     assert arrivals
     assert not any("MEMBAR" in line for i in arrivals for line in lines[max(i - 6, 0) : i])
-    taps_y, channels, units, blocks, *_ = tile
+    taps_y, channels, units, rows, blocks, *_ = tile
     shapes = re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16 ", kernel.code)
-    assert {int(n) for n in shapes} == {channels}
+    assert {int(n) for n in shapes} == {channels if rows == 8 else 8 * rows}
     # Four to 64 channels, tap and unit, for the first box and for the others.
     assert len(shapes) == 2 * 4 * taps_y * units
     # A box of pixels per unit and stage, of rank 4; weights for each tap, of rank 3, in a pair for both blocks.

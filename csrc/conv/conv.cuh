@@ -1,19 +1,24 @@
 // Convolution as a matrix product: pixels [64 of a unit, taps x channels] times weights [out, taps x channels]T.
 //
+// With 64 output channels or fewer the roles are swapped: weights [64, ..] times pixels [256 of a unit, ..]T. Products
+// of 64 by 64 read 128 bytes of shared memory a clock, all that there is; of 64 by 256 they read 80.
+//
 // Persistent blocks of three warpgroups:
-//   pixels     one thread fetches boxes of 8 x (8 + kTapsY - 1) pixels x 64 channels, one per unit, horizontal
-//              tap and time tap. Pixels beyond the picture read as zero; frames beyond the clip as its ends
+//   pixels     one thread fetches boxes of 8 x (kUnitRows + kTapsY - 1) pixels x 64 channels, one per unit,
+//              horizontal tap and time tap. Pixels beyond the picture read as zero; frames beyond the clip as its ends
 //   weights    one thread fetches one tap x 64 channels of BLOCK_N output channels. In a pair of blocks each
 //              fetches half of them, for both
 //   consumer   two warpgroups, kUnits units each: per box kTapsY products (pixel_tiles.cuh says why no more
-//              boxes are needed), then the epilogue from their registers
+//              boxes are needed), then the epilogue from their registers; swapped, 64 pixels at a time change rows and
+//              columns in shared memory before it
 // All of them walk the same list of tiles, and within one: time taps, horizontal taps, channels, vertical taps.
 //
 // A box of pixels serves kTapsY products, a box of weights one: hence two rings, where the matrix product of
 // gemm/mainloop.cuh needs one.
 //
-// Shared memory: kPixelStages of [2 kUnits][8 + kTapsY - 1][8][128 B], kWeightStages of [BLOCK_N][128 B], both
-// with 128-byte swizzle; 4 KB of output staging per consumer warp; the rings' barriers.
+// Shared memory: kPixelStages of [2 kUnits][kUnitRows + kTapsY - 1][8][128 B], kWeightStages of [BLOCK_N][128 B], both
+// with 128-byte swizzle; 4 KB of output staging per consumer warp; swapped, 8 KB per warpgroup for the change; the
+// rings' barriers.
 #pragma once
 
 #include <type_traits>
@@ -34,6 +39,7 @@ enum class Bug {
     kEarlyPixelRelease,   // they free a box before its last product is done
     kEarlyWeightRelease,  // they free weights while products read them
     kNoPeerRelease,       // they free weights in their own block only
+    kNoTurnWait,          // swapped, they read pixels before all warps have turned theirs
     kNoClamp,             // frames beyond the clip are fetched as they come
     kStoresBeyondEdge     // pixels beyond the picture's edge are stored
 };
@@ -41,23 +47,32 @@ enum class Bug {
 constexpr uint32_t kPixelBytes = 128, kGroupBytes = kUnitSide * kPixelBytes;  // 64 channels of one, of eight
 
 // A compiled tile: 2 kUnits units by BLOCK_N output channels, at most 227 KB.
-template <int kVerticalTaps, int kTileN, int kUnitsPerGroup, int kBlocks, int kBoxes, int kTaps>
+template <int kVerticalTaps, int kTileN, int kUnitsPerGroup, int kUnitHeight, int kBlocks, int kBoxes,
+          int kTaps>
 struct TileConfig {
     static constexpr int kTapsY = kVerticalTaps, kBlockN = kTileN, kUnits = kUnitsPerGroup;
-    static constexpr int kCluster = kBlocks, kPixelStages = kBoxes, kWeightStages = kTaps;
+    static constexpr int kUnitRows = kUnitHeight, kCluster = kBlocks, kPixelStages = kBoxes,
+                         kWeightStages = kTaps;
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
     static constexpr int kBlockUnits = kConsumers * kUnits;
-    static constexpr uint32_t kBoxRows = kUnitSide + kTapsY - 1, kBoxBytes = kBoxRows * kGroupBytes;
+    static constexpr bool kSwapped = kUnitRows > kUnitSide;
+    static_assert(!kSwapped || kBlockN == 64, "all output channels are rows of one product");
+    // Columns of a product, and parts of 8 x 8 pixels in a unit.
+    static constexpr int kColumns = kSwapped ? kUnitRows * kUnitSide : kBlockN,
+                         kParts = kUnitRows / kUnitSide;
+    static constexpr uint32_t kBoxRows = kUnitRows + kTapsY - 1, kBoxBytes = kBoxRows * kGroupBytes;
     static constexpr uint32_t kPixelStageBytes = kBlockUnits * kBoxBytes;
     static constexpr uint32_t kWeightStageBytes = kBlockN * kPixelBytes;
     static constexpr uint32_t kWeights = kPixelStages * kPixelStageBytes;
     static constexpr uint32_t kStaging = kWeights + kWeightStages * kWeightStageBytes;
     static constexpr uint32_t kWarpStagingBytes = 16 * 128 * 2;  // 16 pixels of 128 channels
-    static constexpr uint32_t kBarriers = kStaging + 4 * kConsumers * kWarpStagingBytes;
+    static constexpr uint32_t kTurning = kStaging + 4 * kConsumers * kWarpStagingBytes;
+    static constexpr uint32_t kTurningBytes = kSwapped ? 64 * kPixelBytes : 0;  // 64 pixels of 64 channels
+    static constexpr uint32_t kBarriers = kTurning + kConsumers * kTurningBytes;
     static constexpr uint32_t kSharedBytes =
         kBarriers + 2 * (kPixelStages + kWeightStages) * static_cast<uint32_t>(sizeof(Barrier));
     static_assert(kSharedBytes <= 227 * 1024);
-    static_assert(kUnits * kBlockN <= 256, "at most 128 accumulators a thread");
+    static_assert(kUnits * kColumns <= 256, "at most 128 accumulators a thread");
     static constexpr uint32_t kProducerRegisters = 40, kConsumerRegisters = 232;
     static constexpr Bug kBug = Bug::kNone;
 };
@@ -188,9 +203,9 @@ HOPPER_INLINE void release_pixels(const PixelRing<Config>& ring, int stage) {
 }
 
 template <typename Config>
-using Accumulators = float[Config::kUnits][Config::kBlockN / 2];
+using Accumulators = float[Config::kUnits][Config::kColumns / 2];
 
-// d = this warpgroup's units times BLOCK_N channels. `beside(box)` runs beside the products.
+// d = this warpgroup's units times BLOCK_N channels, or swapped. `beside(box)` runs beside the products.
 template <typename Config, typename Beside>
 HOPPER_INLINE void consume(PixelRing<Config>& pixels, WeightRing<Config>& weights, Accumulators<Config>& d,
                            int consumer, int boxes, const Beside& beside) {
@@ -204,16 +219,18 @@ HOPPER_INLINE void consume(PixelRing<Config>& pixels, WeightRing<Config>& weight
 #pragma unroll
         for (uint32_t tap = 0; tap < Config::kTapsY; ++tap) {
             if (Config::kBug != Bug::kNoWeightWait) mbarrier_wait(weights.full(), weights.phase);
-            const uint64_t b = k_major_descriptor<Swizzle::kBytes128>(weights.data());
+            const uint64_t weights_at = k_major_descriptor<Swizzle::kBytes128>(weights.data());
             wgmma_fence();
 #pragma unroll
             for (uint32_t unit = 0; unit < Config::kUnits; ++unit) {
-                const uint64_t a = k_major_descriptor<Swizzle::kBytes128>(
+                const uint64_t box_at = k_major_descriptor<Swizzle::kBytes128>(
                     unit_box + unit * Config::kBoxBytes + tap * kGroupBytes);
+                const uint64_t a = Config::kSwapped ? weights_at : box_at;
+                const uint64_t b = Config::kSwapped ? box_at : weights_at;
 #pragma unroll
                 for (uint32_t step = 0; step < kPixelBytes / 32; ++step) {
-                    wgmma_bf16<Config::kBlockN>(d[unit], advance(a, step * 32), advance(b, step * 32),
-                                                !kFirst || tap > 0 || step > 0);
+                    wgmma_bf16<Config::kColumns>(d[unit], advance(a, step * 32), advance(b, step * 32),
+                                                 !kFirst || tap > 0 || step > 0);
                 }
             }
             wgmma_commit();
@@ -242,16 +259,49 @@ HOPPER_INLINE void consume(PixelRing<Config>& pixels, WeightRing<Config>& weight
     if (!kEarlyPixels) release_pixels<Config>(pixels, last_box);
 }
 
-// This warp's share of unit `index`.
+// This warp's share of 8 x 8 pixels: part `part` of unit `index`.
 template <typename Config>
-HOPPER_INLINE PixelTile warp_share(const Grid& grid, const Tile& tile, int index, int warp,
+HOPPER_INLINE PixelTile warp_share(const Grid& grid, const Tile& tile, int index, int part, int warp,
                                    uint8_t* staging) {
     const Unit unit = unit_at(grid, index);
-    const int y = unit.y + 2 * warp;
+    const int y = unit.y + part * kUnitSide + 2 * warp;
     int rows = unit.exists ? max(min(grid.height - y, 2), 0) : 0,
         columns = min(grid.width - unit.x, kUnitSide);
     if (Config::kBug == Bug::kStoresBeyondEdge && unit.exists) rows = 2, columns = kUnitSide;
     return {unit.t, y, unit.x, tile.phase, rows, columns, tile.n_tile * Config::kBlockN, staging, lane_id()};
+}
+
+// Swapped products hold 16 channels of 256 pixels a warp; v becomes 64 channels of 16 of the 64 pixels of `part`, as
+// products of pixels and weights would leave them: bf16(product + bias) goes through `turning`, [64 pixels][128 B],
+// chunk c of pixel p at c ^ (p % 8). `bias`: of the lane's two channels.
+template <typename Config>
+HOPPER_INLINE void turn(float (&v)[32], const float (&d)[Config::kColumns / 2], int part,
+                        const float (&bias)[2], uint8_t* turning, uint32_t warp, uint32_t lane,
+                        uint32_t barrier) {
+    const auto at = [&](uint32_t pixel, uint32_t chunk) {
+        return turning + pixel * kPixelBytes + (chunk ^ pixel % 8) * 16;
+    };
+#pragma unroll
+    for (uint32_t row = 0; row < kUnitSide; row += 2) {  // of the picture: two blocks of 8 columns
+        const float* u = d + (part * kUnitSide + row) * 4;
+        stmatrix_x4<true>(
+            at((row + lane / 16) * kUnitSide + lane % 8, 2 * warp + lane / 8 % 2),
+            pack_bf16x2(u[0] + bias[0], u[1] + bias[0]), pack_bf16x2(u[2] + bias[1], u[3] + bias[1]),
+            pack_bf16x2(u[4] + bias[0], u[5] + bias[0]), pack_bf16x2(u[6] + bias[1], u[7] + bias[1]));
+    }
+    if (Config::kBug != Bug::kNoTurnWait) named_barrier_sync(barrier, 128);
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) {
+        uint32_t m[4];
+        ldmatrix_x4(at(warp * 16 + lane % 16, 2 * j + lane / 16), m);
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            v[8 * j + 2 * i] = low_bf16(m[i]);
+            v[8 * j + 2 * i + 1] = high_bf16(m[i]);
+        }
+    }
+    // All have read before anyone writes the next part.
+    named_barrier_sync(barrier, 128);
 }
 
 template <typename Config, typename Epilogue>
@@ -310,17 +360,28 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             consume<Config>(pixels, weights, d, consumer, boxes, [&](int box) {
                 if (box != max(boxes - 3, 0)) return;
 #pragma unroll 1
-                for (int unit = 0; unit < Config::kUnits; ++unit) {
+                for (int i = 0; i < Config::kUnits * Config::kParts; ++i) {
                     p.epilogue.template prefetch<Config::kBlockN>(
-                        grid, warp_share<Config>(grid, tile, first + unit, quarter, staging));
+                        grid, warp_share<Config>(grid, tile, first + i / Config::kParts, i % Config::kParts,
+                                                 quarter, staging));
                 }
             });
+            float bias[2] = {0, 0};
+            if constexpr (Config::kSwapped) p.epilogue.lane_bias(grid, tile.n_tile * 64, quarter, bias);
 #pragma unroll
-            for (int unit = 0; unit < Config::kUnits; ++unit) {
-                PixelTile part = warp_share<Config>(grid, tile, first + unit, quarter, staging);
+            for (int i = 0; i < Config::kUnits * Config::kParts; ++i) {
+                const int unit = i / Config::kParts, which = i % Config::kParts;
+                PixelTile part = warp_share<Config>(grid, tile, first + unit, which, quarter, staging);
                 // Else every address of the epilogue would be computed before the loop (gemm.cuh).
                 part.lane = gemm::opaque(part.lane);
-                p.epilogue.template operator()<Config::kBlockN>(grid, d[unit], part);
+                if constexpr (Config::kSwapped) {
+                    float v[32];
+                    uint8_t* turning = shared + Config::kTurning + consumer * Config::kTurningBytes;
+                    turn<Config>(v, d[unit], which, bias, turning, quarter, part.lane, 1 + consumer);
+                    p.epilogue.template finish<Config::kBlockN>(grid, v, part);
+                } else {
+                    p.epilogue.template operator()<Config::kBlockN>(grid, d[unit], part);
+                }
             }
         }
     }

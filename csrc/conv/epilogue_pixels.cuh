@@ -52,9 +52,22 @@ struct PixelEpilogue {
     }
 
     template <int kN>
-    HOPPER_INLINE void operator()(const Grid& grid, float (&acc)[kN / 2], const PixelTile& given) const {
-        const PixelTile tile = kept(grid, given);
+    HOPPER_INLINE void operator()(const Grid& grid, float (&acc)[kN / 2], const PixelTile& tile) const {
         add_bias<kN>(grid, acc, tile);
+        finish<kN>(grid, acc, tile);
+    }
+
+    // The bias of channels lane / 4 and that + 8 of the 16 that a warp of a swapped product has; 0 beyond the last.
+    HOPPER_INLINE void lane_bias(const Grid& grid, int first, int warp, float (&b)[2]) const {
+        const int channel = first + warp * 16 + static_cast<int>(lane_id()) / 4;
+        if (channel < grid.channels) b[0] = load_global_constant(bias + channel);
+        if (channel + 8 < grid.channels) b[1] = load_global_constant(bias + channel + 8);
+    }
+
+    // What follows v = bf16(product + bias), which `acc` holds.
+    template <int kN>
+    HOPPER_INLINE void finish(const Grid& grid, float (&acc)[kN / 2], const PixelTile& given) const {
+        const PixelTile tile = kept(grid, given);
         if (shortcut.data != nullptr) add_shortcut<kN>(grid, acc, tile);
         float mean[2] = {0, 0};
         if (out_eps > 0 || normed.data != nullptr) {

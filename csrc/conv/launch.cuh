@@ -41,8 +41,8 @@ inline void check_input(const Arguments& check, const PixelFrames& x, int height
                   count);
     check.require_pointer(w, "w", 16);
     check.require_pointer(bias, "bias", 8);
-    check.require(conv_units(count, height, width) < 1 << 26, "count",
-                  "fewer than 2^26 units of 8 x 8 pixels", conv_units(count, height, width));
+    check.require(conv_units(count, height, width, kUnitSide) < 1 << 26, "count",
+                  "fewer than 2^26 units of 8 x 8 pixels", conv_units(count, height, width, kUnitSide));
     check.require(num_sms >= 0, "num_sms", "0 or more", num_sms);
 }
 
@@ -67,13 +67,12 @@ struct Form {
     int taps_t, taps_y, taps_x, offset_space, phases;
 };
 
-inline Grid make_grid(int height, int width, int length, int first, int count, int x_frames, int in_channels,
+inline Grid make_grid(int height, int width, int length, int first, int x_frames, int in_channels,
                       int channels, const Form& form) {
     Grid grid{};
     grid.height = height, grid.width = width, grid.length = length, grid.first = first;
     grid.x_frames = x_frames;
-    grid.tiles_y = (height + kUnitSide - 1) / kUnitSide, grid.tiles_x = (width + kUnitSide - 1) / kUnitSide;
-    grid.units = count * grid.tiles_y * grid.tiles_x;
+    grid.tiles_x = (width + kUnitSide - 1) / kUnitSide;
     grid.taps_t = form.taps_t, grid.taps_x = form.taps_x, grid.chunks = (in_channels + 63) / 64;
     grid.offset_t = -(form.taps_t / 2), grid.offset_y = grid.offset_x = form.offset_space;
     grid.phases = form.phases, grid.channels = channels;
@@ -81,8 +80,8 @@ inline Grid make_grid(int height, int width, int length, int first, int count, i
 }
 
 template <typename Config, typename Epilogue>
-void launch_tile(Grid grid, const void* x, const void* w, int in_channels, const Epilogue& epilogue,
-                 const char* name, int num_sms, Stream stream) {
+void launch_tile(Grid grid, int count, const void* x, const void* w, int in_channels,
+                 const Epilogue& epilogue, const char* name, int num_sms, Stream stream) {
     const auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
     const uint64_t pixel = size(in_channels) * 2, line = pixel * size(grid.width);
     const TensorMapSpec pixels{x,
@@ -101,6 +100,9 @@ void launch_tile(Grid grid, const void* x, const void* w, int in_channels, const
                                 {64, 1, Config::kBlockN / Config::kCluster},
                                 Swizzle::kBytes128};
     constexpr int kGroup = Config::kBlockUnits * Config::kCluster;
+    grid.unit_rows = Config::kUnitRows;
+    grid.tiles_y = (grid.height + Config::kUnitRows - 1) / Config::kUnitRows;
+    grid.units = count * grid.tiles_y * grid.tiles_x;
     grid.n_tiles = (grid.channels + Config::kBlockN - 1) / Config::kBlockN;
     grid.tiles = (grid.units + kGroup - 1) / kGroup * grid.phases * grid.n_tiles;
     const KernelParams<Epilogue> params{make_tensor_map(pixels, "x"), make_tensor_map(weights, "w"), grid,
@@ -117,30 +119,30 @@ template <int kTapsY>
 struct Tiles;
 template <>
 struct Tiles<3> {
-    using Pair = TileConfig<3, 256, 1, 2, 3, 4>;
-    using Square = TileConfig<3, 128, 2, 1, 2, 6>;
-    using Narrow = TileConfig<3, 64, 2, 1, 3, 6>;
+    using Pair = TileConfig<3, 256, 1, 8, 2, 3, 4>;
+    using Square = TileConfig<3, 128, 2, 8, 1, 2, 6>;
+    using Tall = TileConfig<3, 64, 1, 32, 1, 2, 5>;
 };
 template <>
 struct Tiles<2> {
-    using Pair = TileConfig<2, 256, 1, 2, 3, 4>;
-    using Square = TileConfig<2, 128, 2, 1, 3, 5>;
+    using Pair = TileConfig<2, 256, 1, 8, 2, 3, 4>;
+    using Square = TileConfig<2, 128, 2, 8, 1, 3, 5>;
 };
 template <>
 struct Tiles<1> {
-    using Pair = TileConfig<1, 256, 1, 2, 4, 4>;
-    using Square = TileConfig<1, 128, 2, 1, 4, 4>;
+    using Pair = TileConfig<1, 256, 1, 8, 2, 4, 4>;
+    using Square = TileConfig<1, 128, 2, 8, 1, 4, 4>;
 };
 
 // Runs `c` in the form with kTapsY vertical taps; `scale`, `time_scale`, `drop` place its outputs.
 template <int kTapsY>
 void launch_form(const ConvParams& c, const Form& form, const Placement& place, const char* name,
                  Stream stream) {
-    constexpr bool kNarrow = kTapsY == 3;
+    constexpr bool kTall = kTapsY == 3;
     const bool norm = c.normed.data != nullptr || c.out_eps > 0;
     const int num_sms = static_cast<int>(processors(c.num_sms));
-    const auto verdicts = choose_conv_tile(
-        {conv_units(c.count, c.height, c.width), c.channels, form.phases, kTapsY, norm, kNarrow, num_sms});
+    const auto verdicts =
+        choose_conv_tile({c.count, c.height, c.width, c.channels, form.phases, kTapsY, norm, kTall, num_sms});
     const auto frames = [](const PixelFrames& f) { return Frames{static_cast<bf16*>(f.data), f.frames}; };
     const PixelEpilogue epilogue{c.bias,
                                  place,
@@ -151,15 +153,15 @@ void launch_form(const ConvParams& c, const Form& form, const Placement& place, 
                                  c.eps,
                                  static_cast<Activation>(c.activation)};
     const Grid grid =
-        make_grid(c.height, c.width, c.length, c.first, c.count, c.x.frames, c.in_channels, c.channels, form);
+        make_grid(c.height, c.width, c.length, c.first, c.x.frames, c.in_channels, c.channels, form);
     const auto run = [&]<typename Config>() {
-        launch_tile<Config>(grid, c.x.data, c.w, c.in_channels, epilogue, name, num_sms, stream);
+        launch_tile<Config>(grid, c.count, c.x.data, c.w, c.in_channels, epilogue, name, num_sms, stream);
     };
-    if (verdicts[0].chosen) return run.template operator()<typename Tiles<kTapsY>::Pair>();
-    if (verdicts[1].chosen) return run.template operator()<typename Tiles<kTapsY>::Square>();
-    if constexpr (kNarrow) {
-        if (verdicts[2].chosen) return run.template operator()<typename Tiles<kTapsY>::Narrow>();
+    if constexpr (kTall) {
+        if (verdicts[0].chosen) return run.template operator()<typename Tiles<kTapsY>::Tall>();
     }
+    if (verdicts[1].chosen) return run.template operator()<typename Tiles<kTapsY>::Pair>();
+    if (verdicts[2].chosen) return run.template operator()<typename Tiles<kTapsY>::Square>();
     std::string reasons;
     for (const ConvTileVerdict& verdict : verdicts) {
         reasons += std::string("; ") + verdict.tile->name + ": " + verdict.reason;

@@ -1,9 +1,10 @@
 // Which pixels a block computes, and where they lie in memory.
 //
-// A unit is 8 x 8 output pixels of one frame: the 64 rows of one product. Eight pixels of a row of the picture,
-// 128 bytes of channels each, are one period of the 128-byte swizzle, so the same box of pixels, read one
-// period further on, is the neighbourhood one row of the picture below: a box of 8 + taps_y - 1 rows serves all
-// vertical taps, at starts that every descriptor may have.
+// A unit is a column of the picture of one frame, 8 pixels wide and `unit_rows` high: 8 x 8 are the 64 rows of one
+// product, 8 x 32 the 256 columns of one. Eight pixels of a row of the picture, 128 bytes of channels each, are one
+// period of the 128-byte swizzle, so the same box of pixels, read one period further on, is the neighbourhood one row
+// of the picture below: a box of unit_rows + taps_y - 1 rows serves all vertical taps, at starts that every descriptor
+// may have.
 //
 // Units are counted x fastest, then y, then frames; a block takes neighbours. Blocks count their tiles output
 // channels first, then phases, then units: what runs together reads the same pixels.
@@ -21,7 +22,7 @@ struct Grid {
     int height, width;
     int length;  // frames of the clip: time taps beyond its ends read its first and last one
     int first;   // the first frame computed
-    int tiles_y, tiles_x, units;
+    int unit_rows, tiles_y, tiles_x, units;
     int x_frames;                      // frames that the input buffer holds: frame t lies at t % x_frames
     int taps_t, taps_x, chunks;        // boxes of a tile: time taps x horizontal taps x 64 channels
     int offset_t, offset_y, offset_x;  // of the first tap
@@ -56,7 +57,7 @@ struct Unit {
 HOPPER_INLINE Unit unit_at(const Grid& grid, int index) {
     const int i = min(index, grid.units - 1);
     const int row = i / grid.tiles_x, frame = row / grid.tiles_y;
-    return {grid.first + frame, (row - frame * grid.tiles_y) * kUnitSide,
+    return {grid.first + frame, (row - frame * grid.tiles_y) * grid.unit_rows,
             (i - row * grid.tiles_x) * kUnitSide, index < grid.units};
 }
 

@@ -29,11 +29,11 @@ void launch_broken(int bug, const Conv3x3Params& p) {
                                        c.out_eps,
                                        c.eps,
                                        static_cast<conv::Activation>(c.activation)};
-    const conv::Grid grid = conv::make_grid(c.height, c.width, c.length, c.first, c.count, c.x.frames,
-                                            c.in_channels, c.channels, {p.time_taps, 3, 3, -1, 1});
+    const conv::Grid grid = conv::make_grid(c.height, c.width, c.length, c.first, c.x.frames, c.in_channels,
+                                            c.channels, {p.time_taps, 3, 3, -1, 1});
     const auto run = [&]<conv::Bug kPlanted>() {
-        conv::launch_tile<Broken<Config, kPlanted>>(grid, c.x.data, c.w, c.in_channels, epilogue, "conv_3x3",
-                                                    c.num_sms, nullptr);
+        conv::launch_tile<Broken<Config, kPlanted>>(grid, c.count, c.x.data, c.w, c.in_channels, epilogue,
+                                                    "conv_3x3", c.num_sms, nullptr);
     };
     switch (static_cast<conv::Bug>(bug)) {
         case conv::Bug::kNone:
@@ -46,6 +46,8 @@ void launch_broken(int bug, const Conv3x3Params& p) {
             return run.template operator()<conv::Bug::kEarlyWeightRelease>();
         case conv::Bug::kNoPeerRelease:
             return run.template operator()<conv::Bug::kNoPeerRelease>();
+        case conv::Bug::kNoTurnWait:
+            return run.template operator()<conv::Bug::kNoTurnWait>();
         case conv::Bug::kNoClamp:
             return run.template operator()<conv::Bug::kNoClamp>();
         case conv::Bug::kStoresBeyondEdge:
@@ -68,9 +70,9 @@ int sim_broken_conv(int bug, int tile, const Conv3x3Params* params, uint64_t see
     std::string message;
     try {
         sim::set_seed(seed);
-        if (tile == 0) launch_broken<conv::Tiles<3>::Pair>(bug, *params);
-        if (tile == 1) launch_broken<conv::Tiles<3>::Square>(bug, *params);
-        if (tile == 2) launch_broken<conv::Tiles<3>::Narrow>(bug, *params);
+        if (tile == 1) launch_broken<conv::Tiles<3>::Pair>(bug, *params);
+        if (tile == 2) launch_broken<conv::Tiles<3>::Square>(bug, *params);
+        if (tile == 0) launch_broken<conv::Tiles<3>::Tall>(bug, *params);
         return 0;
     } catch (const std::exception& failure) {
         message = failure.what();
@@ -82,10 +84,10 @@ int sim_broken_conv(int bug, int tile, const Conv3x3Params* params, uint64_t see
 
 int conv_shared_bytes(int taps_y, int tile) {
     const auto of = [tile]<typename Tiles>() -> uint32_t {
-        if (tile == 0) return Tiles::Pair::kSharedBytes;
+        if (tile == 1) return Tiles::Pair::kSharedBytes;
         return Tiles::Square::kSharedBytes;
     };
-    if (taps_y == 3 && tile == 2) return static_cast<int>(conv::Tiles<3>::Narrow::kSharedBytes);
+    if (taps_y == 3 && tile == 0) return static_cast<int>(conv::Tiles<3>::Tall::kSharedBytes);
     return static_cast<int>(taps_y == 3   ? of.template operator()<conv::Tiles<3>>()
                             : taps_y == 2 ? of.template operator()<conv::Tiles<2>>()
                                           : of.template operator()<conv::Tiles<1>>());
@@ -95,9 +97,8 @@ int conv_shared_bytes(int taps_y, int tile) {
 void conv_tile_verdicts(int frames, int height, int width, int channels, int phases, int taps_y, int norm,
                         int num_sms, char* text) {
     std::string lines;
-    for (const ConvTileVerdict& verdict :
-         choose_conv_tile({conv_units(frames, height, width), channels, phases, taps_y, norm != 0,
-                           taps_y == 3, num_sms})) {
+    for (const ConvTileVerdict& verdict : choose_conv_tile(
+             {frames, height, width, channels, phases, taps_y, norm != 0, taps_y == 3, num_sms})) {
         lines +=
             std::string(verdict.chosen ? "* " : "- ") + verdict.tile->name + ": " + verdict.reason + "\n";
     }

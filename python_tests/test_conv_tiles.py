@@ -77,7 +77,8 @@ def test_tiles_of_the_published_decoder(library: ctypes.CDLL, size: str) -> None
             continue
         lines = of_step(library, step)
         assert len(lines) == 3
-        assert all(re.search(r" rounds of | in one tile$| not compiled for | would fetch the pixels anew$", line) for line in lines)
+        reasons = r" rounds of | in one tile$| not compiled for | would fetch the pixels anew$"
+        assert all(re.search(reasons, line) for line in lines)
         if step.channels >= 256:
             # Little work, or no rows to share between products: smaller tiles may fill the last round better.
             assert chosen(lines) == PAIR or step.op == "conv_1x1" or step.flops < 3e11, (step, lines)

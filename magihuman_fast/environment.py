@@ -41,8 +41,8 @@ class KernelPath:
 
 
 def kernel_path() -> KernelPath:
-    """Which path the models take on this machine: so far always PyTorch's, whatever the kernels could do."""
-    state = gpu_unavailable() or "ready in magihuman_fast.ops, not used by the models yet"
+    """Which path the models take on this machine: so far PyTorch's, but for the video decoder where kernels can run."""
+    state = gpu_unavailable() or "ready in magihuman_fast.ops; of the models the video decoder uses them"
     compiled = "" if state.startswith("kernels not compiled") else "compiled; "
     return KernelPath("reference (PyTorch)", f"Hopper kernels: {compiled}{state}")
 

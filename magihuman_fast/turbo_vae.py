@@ -169,13 +169,15 @@ class TurboVAE:
     def _workspace(self, windows: list[Window], height: int, width: int) -> Iterator[Workspace]:
         """Buffers for these windows, from an earlier call where they are big enough."""
         need = workspace_bytes(self.config, windows, height, width)
+        most = max(window.keep_stop - window.keep_start for window in windows)
+        frame_shape = (most, height * VAE_STRIDE, width * VAE_STRIDE, 3)
         with self._lock:
-            fitting = [space for space in self._free if space.fits(need, height, width)]
+            fitting = [space for space in self._free if space.fits(need, frame_shape)]
             workspace = fitting[0] if fitting else None
             # Others are of another size: they make room.
             self._free = [space for space in fitting[1:]]
         if workspace is None:
-            workspace = Workspace(need, self._frame_shape(windows, height, width), self.device)
+            workspace = Workspace(need, frame_shape, self.device)
         workspace.acquire()
         try:
             yield workspace
@@ -183,10 +185,6 @@ class TurboVAE:
             workspace.release()
             with self._lock:
                 self._free.append(workspace)
-
-    def _frame_shape(self, windows: list[Window], height: int, width: int) -> tuple[int, ...]:
-        most = max(window.keep_stop - window.keep_start for window in windows)
-        return (most, height * VAE_STRIDE, width * VAE_STRIDE, 3)
 
     @torch.no_grad()
     def run_window(self, latent: Tensor, window: Window, out: Tensor, workspace: Workspace) -> None:
@@ -252,15 +250,15 @@ class Workspace:
         self._views: dict[Pixels, Tensor] = {}
         self._released: torch.cuda.Event | None = None
         self._device = device
-        self._size = frame_shape[1:]
+        self._frame_shape = frame_shape
         self.frames: list[Tensor] = []
         if device.type == "cuda":
             self.frames = [torch.empty(frame_shape, dtype=torch.uint8, device=device) for _ in range(2)]
             self.copy_stream = torch.cuda.Stream(device)
 
-    def fits(self, need: Mapping[Region, int], height: int, width: int) -> bool:
+    def fits(self, need: Mapping[Region, int], frame_shape: tuple[int, ...]) -> bool:
         """Made for this picture size, and big enough for these windows."""
-        same = self._size[:2] == (height * VAE_STRIDE, width * VAE_STRIDE)
+        same = self._frame_shape[1:] == frame_shape[1:] and self._frame_shape[0] >= frame_shape[0]
         return same and all(self._regions[region].nbytes >= need[region] for region in REGIONS)
 
     def view(self, pixels: Pixels) -> Tensor:

@@ -105,6 +105,22 @@ def test_a_cancelled_decode_gives_its_buffers_back() -> None:
     assert vae._free != [space]
 
 
+def test_buffers_serve_shorter_clips_but_not_longer_ones() -> None:
+    def need(frames: int) -> tuple[dict[decode_plan.Region, int], tuple[int, ...]]:
+        windows = plan_windows(frames, 7, 7)
+        most = max(window.keep_stop - window.keep_start for window in windows)
+        return workspace_bytes(PUBLISHED, windows, 1, 1), (most, 16, 16, 3)
+
+    # 13 and 14 latent frames make windows of equal sizes, of which 24 and 28 frames are kept.
+    short, longer = need(13), need(14)
+    assert short[0] == longer[0]
+    space = Workspace(*short, torch.device("cpu"))
+    assert space.fits(*short)
+    assert not space.fits(*longer)
+    assert Workspace(*longer, torch.device("cpu")).fits(*short)
+    assert not space.fits(short[0], (1, 16, 32, 3))
+
+
 @pytest.mark.parametrize(
     ("latent", "match"),
     [

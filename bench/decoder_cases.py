@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_cases import BF16, TINY, Case, Inputs, Setting, Variant, compiled
+from kernel_cases import BF16, TINY, Case, Inputs, Setting, Variant, bound, compiled
 from magihuman_fast import ops
 from magihuman_fast.config import LATENT_CHANNELS, VAE_STRIDE
 from magihuman_fast.conv_weights import pack_conv, pack_time, pack_upsample
@@ -177,8 +177,7 @@ def torch_inputs(step: Step, s: Setting) -> tuple[Tensor, ...]:
 def layer_case(step: Step, s: Setting) -> Case:
     def subject() -> Call:
         given = {name: value for name, value in layer_inputs(step, s).items() if name != "published"}
-        function = getattr(ops, step.op)
-        return lambda: function(**given, backend=s.backend)
+        return bound(step.op, s, given)
 
     def alone() -> Call:
         x, weight, bias, _ = torch_inputs(step, s)

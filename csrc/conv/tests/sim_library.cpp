@@ -1,11 +1,10 @@
 // What only tests need of the convolutions, behind a C interface: kernels with a planted bug, run by the simulator,
 // and the choice of tiles.
-#include <cstring>
-#include <exception>
 #include <string>
 
 #include "api.h"
 #include "conv/launch.cuh"
+#include "sim/tests/c_interface.h"
 
 namespace magihuman {
 namespace {
@@ -67,19 +66,12 @@ void sim_clear() { sim::clear_globals(); }
 
 // 0 or 1 with the message in `error`, which has room for 2048 characters. `tile`: index into kConvTiles.
 int sim_broken_conv(int bug, int tile, const Conv3x3Params* params, uint64_t seed, char* error) {
-    std::string message;
-    try {
+    return sim::guarded(error, [&] {
         sim::set_seed(seed);
+        if (tile == 0) launch_broken<conv::Tiles<3>::Tall>(bug, *params);
         if (tile == 1) launch_broken<conv::Tiles<3>::Pair>(bug, *params);
         if (tile == 2) launch_broken<conv::Tiles<3>::Square>(bug, *params);
-        if (tile == 0) launch_broken<conv::Tiles<3>::Tall>(bug, *params);
-        return 0;
-    } catch (const std::exception& failure) {
-        message = failure.what();
-    }
-    std::strncpy(error, message.c_str(), 2047);
-    error[2047] = 0;
-    return 1;
+    });
 }
 
 int conv_shared_bytes(int taps_y, int tile) {
@@ -102,8 +94,7 @@ void conv_tile_verdicts(int frames, int height, int width, int channels, int pha
         lines +=
             std::string(verdict.chosen ? "* " : "- ") + verdict.tile->name + ": " + verdict.reason + "\n";
     }
-    std::strncpy(text, lines.c_str(), 2047);
-    text[2047] = 0;
+    sim::write_text(text, lines);
 }
 
 }  // extern "C"

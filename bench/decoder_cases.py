@@ -8,7 +8,7 @@ convolution counts 16 taps of the small picture, not 36.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
+from math import log10, prod
 from typing import Any
 
 import torch
@@ -270,3 +270,29 @@ def decode_clip_cases(s: Setting) -> Iterator[Case]:
     yield Case(
         "decode_clip", f"{s.clip.name}: {frames} frames", 0, 0, variants, footprint=1 << 30, on_host=True
     )
+
+
+def decoder_quality(s: Setting, latent_frames: int) -> dict[str, float]:
+    """Errors against the float32 decoder of the kernels and of bf16 PyTorch, PSNR of frames in dB, peak memory."""
+    model = decoder(s)
+    exact = reference.TurboVAE(model.config, {name: weight.float() for name, weight in model.weights.items()})
+    latent = s.normal(LATENT_CHANNELS, latent_frames, *s.clip.latent[2:])
+    truth = exact.decode(latent)
+    wanted = to_uint8(truth).float()
+    found: dict[str, float] = {}
+    for name, backend in (("kernels", s.backend), ("PyTorch bf16", "reference")):
+        vae = TurboVAE(model, backend)  # type: ignore[arg-type]
+        if s.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        frames = vae.decode_frames(latent)
+        if s.device == "cuda":
+            found[f"{name}: peak bytes beside the weights"] = torch.cuda.max_memory_allocated() - before
+        error = (vae.decode(latent) - truth).norm() / truth.norm()
+        square = (frames.to(s.device).float() - wanted).square().mean().item()
+        found |= {
+            f"{name}: relative error": error.item(),
+            f"{name}: PSNR": 10 * log10(255**2 / max(square, 1e-9)),
+        }
+    return found

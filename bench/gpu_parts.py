@@ -218,6 +218,15 @@ def cutlass(records: Records, dry: bool) -> None:
         time_cases(records, cases, s.device, dry)
 
 
+def decoder_quality(records: Records, dry: bool) -> None:
+    """The decoder's frames against float32: two windows at 256p, one at 1080p."""
+    for size, frames in (("256p", 9), ("1080p", 7)):
+        s = TINY if dry else gpu_setting(size)
+        found = decoder_cases.decoder_quality(s, 2 if dry else frames)
+        print(size, found, flush=True)
+        records.add("fact", {f"decoder, {size}": found})
+
+
 def ceilings(records: Records, dry: bool) -> None:
     time_cases(records, (), "cpu" if dry else "cuda", dry)
 
@@ -257,6 +266,7 @@ PARTS = {
         timed_part("attention", "256p", 90),
         timed_part("windowed", "1080p", 150),
         timed_part("decoder", "256p", 180),
+        Part("decoder-quality", "error, PSNR and memory of the decoder", 120, decoder_quality),
         timed_part("pointwise", "256p", 90),
         timed_part("libraries", "256p", 240),
         timed_part("products", "540p", 240),
@@ -271,7 +281,7 @@ PARTS = {
     )
 }
 # One of each kind: what a dry run runs.
-REHEARSAL = ("ceilings", "build", "tests", "memcheck", "cutlass")
+REHEARSAL = ("ceilings", "build", "tests", "memcheck", "decoder-quality", "cutlass")
 REHEARSAL += ("products-256p", "pointwise-256p", "libraries-256p", "windowed-1080p")
 
 

@@ -21,7 +21,7 @@ from timing import ROOT, Result
 
 RESULTS = ROOT / "bench" / "results"
 NOT_RUN = "not yet run on a GPU"
-FACTS = ("tests", "memcheck", "racecheck", "synccheck")
+FACTS = ("tests", "memcheck", "racecheck", "synccheck", "decoder, 256p", "decoder, 1080p")
 UNITS = (" us", " TFLOP/s", " GB/s", "", "")
 HEADER = ("kernel", "shape", "us", "TFLOP/s", "GB/s", "% of measured peak", "x baseline", "target", "run")
 

@@ -200,6 +200,13 @@ def test_layers_of_a_decode_window() -> None:
     assert sixty_four.nbytes == 2 * 2 * 64 * pixels + 2 * 27 * 64 * 64
 
 
+def test_quality_of_the_decoder() -> None:
+    found = decoder_cases.decoder_quality(dataclasses.replace(TINY, backend="sim"), 2)
+    errors = [found[f"{name}: relative error"] for name in ("kernels", "PyTorch bf16")]
+    assert 0 < errors[0] <= 2 * errors[1]
+    assert all(found[f"{name}: PSNR"] > 30 for name in ("kernels", "PyTorch bf16"))
+
+
 # --- cases and parts ------------------------------------------------------------------------------------------
 
 

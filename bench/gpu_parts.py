@@ -260,7 +260,7 @@ PARTS = {
     for part in (
         Part("ceilings", "large copy and large matrix product", 60, ceilings),
         Part("build", "compile the kernels", 300, build),
-        Part("tests", "pytest -m gpu", 240, gpu_tests),
+        Part("tests", "pytest -m gpu", 300, gpu_tests),
         sanitizer_part("memcheck"),
         timed_part("products", "256p", 240),
         timed_part("attention", "256p", 90),

@@ -10,14 +10,13 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 
+from .decode_plan import MAX_CHANNELS, MAX_FUSED_CHANNELS
 from .kernel_launch import Backend, choose_backend, launch
 from .reference import convolutions as reference
 from .reference.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS
 from .tensor_checks import check_disjoint, check_tensor, require
 
 Activation = Literal["none", "silu", "relu"]
-MAX_FUSED_CHANNELS = 256  # of a norm in a convolution's epilogue
-MAX_NORM_CHANNELS = 512
 PICTURE_CHANNELS = 12
 BF16, F32 = torch.bfloat16, torch.float32
 Tensor = torch.Tensor
@@ -279,7 +278,7 @@ def channel_norm(
     require(isinstance(x, torch.Tensor), f"{op}: x", "a torch.Tensor", type(x).__name__)
     check_pixels(f"{op}: x", x, (None,) * 4, x.device)
     channels = x.shape[3]
-    require(channels <= MAX_NORM_CHANNELS, f"{op}: x", f"at most {MAX_NORM_CHANNELS} channels", channels)
+    require(channels <= MAX_CHANNELS, f"{op}: x", f"at most {MAX_CHANNELS} channels", channels)
     chosen = choose_backend(op, x, backend)
     check_pixels(f"{op}: normed", normed, (None, *x.shape[1:]), x.device)
     if plain is not None:

@@ -25,7 +25,8 @@ REGIONS: tuple[Region, ...] = ("stream", "normed", "scratch")
 CHUNK_BYTES = 1_200_000_000
 MIN_CHUNK = 2
 MAX_FUSED_CHANNELS = 256  # a convolution's epilogue normalises up to so many
-MAX_CHANNELS, PATCH = 512, 2
+MAX_CHANNELS = 512  # that any norm of ours takes
+PATCH = 2
 ITEM_BYTES = 2
 ALIGNMENT = 256
 

@@ -1,6 +1,6 @@
 """The operations that the kernels compute: every argument checked, then one launch.
 
-All take tensors and return the tensor they wrote. `backend` says what computes: "gpu" the kernels, on a Hopper GPU;
+All take tensors and return what they wrote. `backend` says what computes: "gpu" the kernels, on a Hopper GPU;
 "sim" the same kernel sources in the simulator, on CPU tensors (development builds only); "reference" plain PyTorch.
 None is "gpu"; nothing falls back silently. Launches allocate nothing when the outputs are given, never wait, and can
 be captured in a CUDA graph.

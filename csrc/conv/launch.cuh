@@ -14,7 +14,7 @@
 
 namespace magihuman::conv {
 
-constexpr int kMostNormed = 256, kMostSide = 1 << 15, kMostFrames = 1 << 12, kMostChannels = 1 << 14;
+constexpr int kMostSide = 1 << 15, kMostFrames = 1 << 12, kMostChannels = 1 << 14;
 
 inline void check_size(const Arguments& check, const char* name, int value, int most, int multiple = 1) {
     const std::string expected =

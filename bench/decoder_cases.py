@@ -110,6 +110,21 @@ def layer_inputs(step: Step, s: Setting) -> Inputs:
     return given | {"out_eps": step.out_eps, "activation": step.activation}
 
 
+def calls_of_wide_tiles(s: Setting) -> Iterator[Call]:
+    """conv_3x3 in its tiles of 128 and of 256 channels, which no toy decoder has, on a few small pictures."""
+    for channels in (104, 200):
+        x, shortcut = (s.normal(3, 10, 18, channels, dtype=BF16) for _ in range(2))
+        given = {
+            "x": x,
+            "w": s.normal(channels, 3, 3, 3, channels, scale=(27 * channels) ** -0.5, dtype=BF16),
+            "bias": s.normal(channels),
+            "shortcut": shortcut,
+            "out": torch.empty_like(x),
+            "normed": torch.empty_like(x),
+        }
+        yield bound("conv_3x3", s, given)
+
+
 def layer_bytes(step: Step) -> int:
     """Input, shortcut, weights and outputs once each."""
     _, height, width, channels = step.x.shape

@@ -182,6 +182,8 @@ def small_operations(device: str) -> None:
         for case in (case for build in builders for case in build(s)):
             case.variants[0].make()()
             print(case.op, case.shape, flush=True)
+        for call in decoder_cases.calls_of_wide_tiles(s):
+            call()
     if device == "cuda":
         torch.cuda.synchronize()
 

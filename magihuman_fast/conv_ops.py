@@ -34,7 +34,7 @@ class ConvOptions(TypedDict, total=False):
 
     v = bf16(conv(x) + bias), then bf16(v + shortcut) where there is one; frames `first` .. `first + count - 1` are
     computed of a clip of `length` frames (defaults: all frames of x). Outputs and shortcut have the result's (H, W, C)
-    and any number of frames:
+    and room for the frames computed, x for those read. The shortcut may be one of the outputs; else none shares memory:
 
     out: v, or with out_eps > 0 bf16(v / rms(v)).
     normed: bf16(act(bf16(v / rms(v)))), rms(v) = sqrt(mean over channels of v^2 + eps); as out_eps: up to 256 channels.
@@ -68,6 +68,30 @@ def check_pixels(where: str, x: Tensor, shape: tuple[int | None, ...], device: t
     require(x.numel() > 0 and x.shape[3] % 8 == 0, where, "pixels of 8 n channels", tuple(x.shape))
 
 
+def _check_apart(op: str, **buffers: Tensor | None) -> None:
+    """Outputs must not share memory, nor with what is still read; the last of `buffers` may be one of the others."""
+    given = [(name, tensor) for name, tensor in buffers.items() if tensor is not None]
+    for i, (name, tensor) in enumerate(given):
+        for other, earlier in given[:i]:
+            last = name == list(buffers)[-1]
+            same = tensor.data_ptr() == earlier.data_ptr() and tensor.shape == earlier.shape
+            if not (last and same):
+                check_disjoint(f"{op}: {name}", tensor, earlier, other)
+
+
+def _check_room(op: str, name: str, tensor: Tensor | None, frames: int) -> None:
+    """A shorter buffer would hold two frames in one place."""
+    if tensor is not None:
+        require(len(tensor) >= frames, f"{op}: {name}", f"room for {frames} frames", len(tensor))
+
+
+def _frames_read(clip: _Clip, time_taps: int) -> int:
+    """How many frames of x a convolution reads."""
+    reach = time_taps // 2
+    last = min(clip.first + clip.number - 1 + reach, clip.length - 1)
+    return last - max(clip.first - reach, 0) + 1
+
+
 def _check_clip(op: str, x: Tensor, options: ConvOptions) -> _Clip:
     length = options.get("length", len(x))
     first = options.get("first", 0)
@@ -95,11 +119,12 @@ def _convolution(
     compute: Any,
     options: ConvOptions,
     *,
+    taps: int = 1,
     frames: tuple[int, int] | None = None,
     **numbers: int,
 ) -> PixelOutputs:
-    """Check the rest and run. `compute(clip)` is the reference's result; `frames`: first and number of those written,
-    where they are not the clip's."""
+    """Check the rest and run. `compute(clip)` is the reference's result; `taps`: in time; `frames`: first and number of
+    those written, where they are not the clip's."""
     unknown = set(options) - set(ConvOptions.__annotations__)
     require(not unknown, f"{op}: options", f"some of {sorted(ConvOptions.__annotations__)}", sorted(unknown))
     clip = _check_clip(op, x, options)
@@ -123,7 +148,10 @@ def _convolution(
     for name, tensor in (("shortcut", shortcut), ("out", out), ("normed", normed)):
         if tensor is not None:
             check_pixels(f"{op}: {name}", tensor, (None, *size), x.device)
+            _check_room(op, name, tensor, count)
             check_disjoint(f"{op}: {name}", tensor, x, "x")
+    _check_room(op, "x", x, _frames_read(clip, taps))
+    _check_apart(op, out=out, normed=normed, shortcut=shortcut)
     fused = normed is not None or out_eps > 0
     expected = f"at most {MAX_FUSED_CHANNELS} channels beside normed or out_eps"
     require(not fused or channels <= MAX_FUSED_CHANNELS, f"{op}: w", expected, channels)
@@ -166,7 +194,8 @@ def conv_3x3(x: Tensor, w: Tensor, bias: Tensor, **options: Unpack[ConvOptions])
     def compute(clip: _Clip) -> Tensor:
         return reference.convolve(x, w, bias, *clip)
 
-    return _convolution(op, x, w, bias, len(w), 1, compute, options, time_taps=w.shape[1])
+    taps = w.shape[1]
+    return _convolution(op, x, w, bias, len(w), 1, compute, options, taps=taps, time_taps=taps)
 
 
 def conv_1x1(x: Tensor, w: Tensor, bias: Tensor, **options: Unpack[ConvOptions]) -> PixelOutputs:
@@ -214,7 +243,7 @@ def conv_time(
         return reference.double_time(x, w, bias, *clip, drop)
 
     frames = (start, 2 * (clip.first + clip.number) - drop - start)
-    return _convolution(op, x, w, bias, w.shape[1], 1, compute, options, frames=frames, drop=drop)
+    return _convolution(op, x, w, bias, w.shape[1], 1, compute, options, taps=3, frames=frames, drop=drop)
 
 
 def conv_picture(
@@ -246,6 +275,8 @@ def conv_picture(
     clip = _check_clip(
         op, x, {"first": first, "count": count, "length": len(x) if length is None else length}
     )
+    _check_room(op, "x", x, _frames_read(clip, 3))
+    check_disjoint(f"{op}: out", out, x, "x")
     chosen = choose_backend(op, x, backend)
     if chosen == "reference":
         y = reference.picture(x, w, bias, *clip)
@@ -294,6 +325,9 @@ def channel_norm(
     count = len(x) - first if count is None else count
     for name, value, least in (("first", first, 0), ("count", count, 1)):
         require(isinstance(value, int) and value >= least, f"{op}: {name}", f"at least {least}", repr(value))
+    for name, tensor in (("x", x), ("normed", normed), ("plain", plain)):
+        _check_room(op, name, tensor, count)
+    _check_apart(op, plain=plain, normed=normed, x=x)
     if chosen == "reference":
         reference.channel_norm(x, first, count, normed, eps, activation, plain, plain_eps)
     else:

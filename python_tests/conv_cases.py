@@ -253,7 +253,9 @@ def check_values(name: str, got: torch.Tensor, truth: torch.Tensor, baseline: to
     """Within twice PyTorch's error in norm, and no element off by more than roundings explain (gemm_cases.check)."""
     assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements missing"
     error, allowed = (got.double() - truth).norm(), (baseline.double() - truth).norm()
-    assert error <= 2 * allowed + 2.0**-12 * truth.norm(), (
+    # One unit of bf16 besides: the sum in another order rounds one element the other way, which few elements show.
+    unit = 2.0**-8 * truth.abs().max()
+    assert error <= 2 * allowed + 2.0**-12 * truth.norm() + unit, (
         f"{name}: error {error:.3g}, PyTorch has {allowed:.3g}"
     )
     bound = 2.0**-6 * truth.abs() + 2.0**-5 * truth.square().mean().sqrt()

@@ -155,7 +155,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
         **without(conv_arguments(12, 3, 3, 3, bias=(12,)), "shortcut", "normed"),
         "out": torch.zeros(2, 6, 4, 3, dtype=torch.uint8),
     },
-    "channel_norm": lambda: {"x": bf16(2, 3, 2, 16), "normed": bf16(2, 3, 2, 16), "plain": bf16(1, 3, 2, 16)},
+    "channel_norm": lambda: {"x": bf16(2, 3, 2, 16), "normed": bf16(2, 3, 2, 16), "plain": bf16(2, 3, 2, 16)},
     "latent_pixels": lambda: {
         "latent": torch.randn(8, 2, 3, 2),
         "mean": torch.randn(8),

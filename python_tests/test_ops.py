@@ -183,6 +183,10 @@ SPECIAL = [
     ("conv_3x3", {"activation": "gelu"}, "activation: expected one of .*, got gelu"),
     ("conv_3x3", {"out_eps": -1.0}, "out_eps: expected 0 or a positive number"),
     ("conv_3x3", {"stride": 2}, r"options: expected some of .*, got \['stride'\]"),
+    ("conv_3x3", {"out": bf16(1, 3, 2, 8)}, "out: expected room for 2 frames, got 1"),
+    ("conv_3x3", {"length": 4, "first": 1, "count": 1}, "x: expected room for 3 frames, got 2"),
+    ("conv_time", {"normed": bf16(3, 3, 2, 8)}, "normed: expected room for 4 frames, got 3"),
+    ("channel_norm", {"plain": bf16(1, 3, 2, 16)}, "plain: expected room for 2 frames, got 1"),
     ("conv_3x3", {"out": bf16(2, 3, 3, 8)}, r"out: expected shape \(any, 3, 2, 8\), got \(2, 3, 3, 8\)"),
     (
         "conv_1x1",
@@ -408,3 +412,16 @@ def test_a_convolution_over_its_input_is_refused() -> None:
         ValueError, match=r"out: expected memory of its own, got memory that the input x shares"
     ):
         ops.conv_3x3(**arguments, backend="sim")
+
+
+@pytest.mark.parametrize(("name", "other"), [("normed", "out"), ("shortcut", "out"), ("shortcut", "normed")])
+def test_outputs_of_a_convolution_lie_apart(name: str, other: str) -> None:
+    arguments = VALID["conv_3x3"]()
+    # One frame further on in one buffer of three.
+    both = bf16(3, 3, 2, 8)
+    arguments |= {name: both[1:], other: both[:2]}
+    message = f"{name}: expected memory of its own, got memory that the input {other} shares"
+    with pytest.raises(ValueError, match=message):
+        ops.conv_3x3(**arguments, backend="sim")
+    if name == "shortcut":  # the very same frames are read before they are written
+        ops.conv_3x3(**arguments | {name: both[:2]}, backend="sim")

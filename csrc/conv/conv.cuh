@@ -74,6 +74,7 @@ struct TileConfig {
     static_assert(kSharedBytes <= 227 * 1024);
     static_assert(kUnits * kColumns <= 256, "at most 128 accumulators a thread");
     static constexpr uint32_t kProducerRegisters = 40, kConsumerRegisters = 232;
+    static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
     static constexpr Bug kBug = Bug::kNone;
 };
 

@@ -8,14 +8,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import Cancelled, CheckpointError, InputError, MagiHumanError, OutputError
+from .errors import (
+    Cancelled,
+    CheckpointError,
+    InputError,
+    InsufficientMemory,
+    MagiHumanError,
+    OutputError,
+)
 
 if TYPE_CHECKING:
     from . import sampler
     from .audio_vae import AudioVAE
     from .config import DiTConfig
+    from .generation import GenerationResult
     from .image_encoder import ImageEncoder
-    from .pipeline import GenerationResult, MagiHumanPipeline
+    from .pipeline import MagiHumanPipeline
     from .reference.dit import DiT
     from .text_encoder import TextEncoder
     from .turbo_vae import TurboVAE
@@ -26,7 +34,7 @@ _MODULES = {
     "AudioVAE": "audio_vae",
     "DiT": "reference.dit",
     "DiTConfig": "config",
-    "GenerationResult": "pipeline",
+    "GenerationResult": "generation",
     "ImageEncoder": "image_encoder",
     "MagiHumanPipeline": "pipeline",
     "TextEncoder": "text_encoder",
@@ -42,6 +50,7 @@ __all__ = [
     "GenerationResult",
     "ImageEncoder",
     "InputError",
+    "InsufficientMemory",
     "MagiHumanError",
     "MagiHumanPipeline",
     "OutputError",

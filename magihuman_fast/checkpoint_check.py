@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .audio_vae import PUBLISHED_CONFIG, PUBLISHED_WEIGHTS, AudioVAE
 from .config import (
@@ -28,7 +27,7 @@ from .config import (
 from .diffusers_vae import WEIGHTS_FILE, find_diffusers_folder
 from .errors import CheckpointError, InputError
 from .image_encoder import PUBLISHED_FILE, ImageEncoder
-from .memory_estimate import Model, PresetMemory, preset_memory
+from .memory_estimate import Model, PresetMemory, preset_memory, tensors_of
 from .reference.dit import config_from_shapes, rope_bands
 from .reference.turbo_vae import CHECKPOINT_NAME, CONFIG_NAME, TurboVAE
 from .text_encoder import TextEncoder
@@ -345,21 +344,10 @@ def _load_on_meta(report: ComponentReport, files: list[Path], load: Callable[[],
     except CheckpointError as error:
         report.problems.append(str(error))
         return None
-    tensors = list(_tensors_of(vars(component).values()))
+    tensors = list(tensors_of(component))
     report.tensors = len(tensors)
     report.memory_bytes = sum(tensor.nbytes for tensor in tensors)
     return component
-
-
-def _tensors_of(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, nn.Module):
-            yield from value.parameters()
-            yield from value.buffers()
-        elif isinstance(value, dict):
-            yield from _tensors_of(value.values())
 
 
 def _size_of(files: Iterable[Path]) -> int:

@@ -19,7 +19,8 @@ from .checkpoint_check import CheckReport, check_checkpoint
 from .config import IMAGE_VAE_FOLDER, SUPER_RESOLUTIONS, VARIANTS
 from .environment import available_memory, cpu_bf16_instructions, cuda_devices, describe_machine
 from .errors import InputError, OutputError
-from .pipeline import MagiHumanPipeline, resolve_device
+from .loading import resolve_device
+from .pipeline import MagiHumanPipeline
 from .request import check_request, load_driving_audio
 from .synthetic import write_checkpoint
 from .synthetic.disk_size import checkpoint_bytes

@@ -92,6 +92,11 @@ class DiTConfig:
         return self.num_query_groups
 
     @property
+    def token_channels(self) -> tuple[int, int, int]:
+        """Channels of a video, audio and text token as they come in (192, 64, 3584)."""
+        return (self.video_in_channels, self.audio_in_channels, self.text_in_channels)
+
+    @property
     def rotary_dim(self) -> int:
         """Channels of a head that are rotated: sine and cosine of 3 axes x head_dim/8 bands (96 of 128)."""
         return 6 * (self.head_dim // 8)

@@ -32,19 +32,23 @@ CODECS = ("libx264", "aac")
 """What an mp4 needs of the FFmpeg inside PyAV."""
 
 
+KERNELS, REFERENCE = "Hopper kernels", "reference path (PyTorch)"
+
+
 @dataclass(frozen=True)
 class KernelPath:
-    """The code that computes the models: its name, and why it is the one that runs."""
+    """The code that computes the models, `KERNELS` or `REFERENCE`, and why it is the one that runs."""
 
     name: str
     reason: str
 
 
 def kernel_path() -> KernelPath:
-    """Which path the models take on this machine: so far PyTorch's, but for the video decoder where kernels can run."""
-    state = gpu_unavailable() or "ready in magihuman_fast.ops; of the models the video decoder uses them"
-    compiled = "" if state.startswith("kernels not compiled") else "compiled; "
-    return KernelPath("reference (PyTorch)", f"Hopper kernels: {compiled}{state}")
+    """Which path the models of the published sizes take on this machine, in bfloat16."""
+    reason = gpu_unavailable()
+    if reason is None:
+        return KernelPath(KERNELS, "compiled, and this is a Hopper GPU")
+    return KernelPath(REFERENCE, f"Hopper kernels: {reason}")
 
 
 def library_versions() -> dict[str, str | None]:

@@ -15,6 +15,10 @@ class InputError(MagiHumanError, ValueError):
     """A request (prompt, image, audio, size, seconds, option) cannot be served as given."""
 
 
+class InsufficientMemory(InputError):
+    """Models or a request need more memory than the device has; says what would fit. Nothing has been allocated."""
+
+
 class OutputError(MagiHumanError, OSError):
     """A result could not be written; nothing was left half-written."""
 

@@ -5,7 +5,11 @@ The estimates name the tensors that live at the peak; what allocators, cuBLAS, c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
+from torch import nn
 
 from .config import (
     MAX_TEXT_TOKENS,
@@ -47,6 +51,23 @@ class PresetMemory:
     @property
     def total_bytes(self) -> int:
         return self.weight_bytes + max(self.denoise_bytes, self.decode_bytes)
+
+
+def tensors_of(component: object) -> Iterator[torch.Tensor]:
+    """The tensors that a component holds: directly, in modules, or in dictionaries of either."""
+
+    def found(value: object) -> Iterator[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, nn.Module):
+            yield from value.parameters()
+            yield from value.buffers()
+        elif isinstance(value, dict):
+            for item in value.values():
+                yield from found(item)
+
+    if component is not None:
+        yield from found(vars(component))
 
 
 def activation_bytes(config: DiTConfig, tokens: int, itemsize: int = 2) -> int:

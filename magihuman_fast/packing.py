@@ -109,6 +109,35 @@ def _require(ok: bool, what: str, expected: str, got: object) -> None:
         raise InputError(f"{what}: expected {expected}, got {got}")
 
 
+def check_inputs(
+    video: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor,
+    device: torch.device,
+    channels: tuple[int, int, int],
+) -> None:
+    """Refuse latents and text that do not make tokens of `channels` (192, 64, C) on `device`.
+
+    Raises:
+        InputError: a shape, dtype or device that does not fit, naming expected and got.
+    """
+    inputs = (("video", video, 4), ("audio", audio, 2), ("text", text, 2))
+    for name, tensor, ndim in inputs:
+        _require(isinstance(tensor, torch.Tensor), name, "a torch.Tensor", type(tensor).__name__)
+        _require(tensor.ndim == ndim, name, f"{ndim} dimensions", tuple(tensor.shape))
+        _require(tensor.is_floating_point(), name, "a floating-point dtype", tensor.dtype)
+        _require(tensor.device == device, name, f"device {device}", tensor.device)
+        _require(tensor.numel() > 0, name, "at least one token", tuple(tensor.shape))
+    c, _, h, w = video.shape
+    _require(
+        c * PATCH * PATCH == channels[0], "video", f"{channels[0] // PATCH**2} channels", tuple(video.shape)
+    )
+    _require(h % PATCH == 0 and w % PATCH == 0, "video", "even latent height and width", tuple(video.shape))
+    _require(audio.shape[1] == channels[1], "audio", f"{channels[1]} channels", tuple(audio.shape))
+    _require(text.shape[1] == channels[2], "text", f"{channels[2]} channels", tuple(text.shape))
+    _require(len(text) <= MAX_TEXT_TOKENS, "text", f"at most {MAX_TEXT_TOKENS} tokens", len(text))
+
+
 def pack(
     video: torch.Tensor,
     audio: torch.Tensor,
@@ -128,22 +157,8 @@ def pack(
         InputError: a shape, dtype or device that does not fit, naming expected and got.
     """
     _require(coords in get_args(CoordsStyle), "coords", "'v1' or 'v2'", repr(coords))
-    inputs = (("video", video, 4), ("audio", audio, 2), ("text", text, 2))
-    for name, tensor, ndim in inputs:
-        _require(isinstance(tensor, torch.Tensor), name, "a torch.Tensor", type(tensor).__name__)
-        _require(tensor.ndim == ndim, name, f"{ndim} dimensions", tuple(tensor.shape))
-        _require(tensor.is_floating_point(), name, "a floating-point dtype", tensor.dtype)
-        _require(tensor.device == bands.device, name, f"device {bands.device}", tensor.device)
-        _require(tensor.numel() > 0, name, "at least one token", tuple(tensor.shape))
-    c, t, h, w = video.shape
-    _require(
-        c * PATCH * PATCH == channels[0], "video", f"{channels[0] // PATCH**2} channels", tuple(video.shape)
-    )
-    _require(h % PATCH == 0 and w % PATCH == 0, "video", "even latent height and width", tuple(video.shape))
-    _require(audio.shape[1] == channels[1], "audio", f"{channels[1]} channels", tuple(audio.shape))
-    _require(text.shape[1] == channels[2], "text", f"{channels[2]} channels", tuple(text.shape))
-    _require(len(text) <= MAX_TEXT_TOKENS, "text", f"at most {MAX_TEXT_TOKENS} tokens", len(text))
-
+    check_inputs(video, audio, text, bands.device, channels)
+    _, t, h, w = video.shape
     grid = (t, h // PATCH, w // PATCH)
     num_video = t * grid[1] * grid[2]
     rope = rope_table(coordinates(grid, len(audio), len(text), coords, bands.device), bands)

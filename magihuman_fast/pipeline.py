@@ -2,128 +2,74 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from . import config, media, sampler
 from .audio_vae import AudioVAE
-from .config import SUPER_RESOLUTIONS, VARIANTS, SuperResolution, Variant
-from .errors import Cancelled, CheckpointError, InputError
+from .config import SUPER_RESOLUTIONS, SuperResolution, Variant
+from .dit import ClipShape
+from .engine import Engine, Stage
+from .errors import InputError
+from .generation import Beside, CancelEvent, GenerationResult, OnStep, Stages
+from .graph import StepSpec
 from .image_encoder import ImageEncoder, preprocess_image
-from .reference.dit import DiT, infer_config
-from .request import PathLike, Request, check_request, load_driving_audio
-from .text_encoder import TextEncoder, load_negative_prompt
+from .loading import OnLoad, dit_bytes, load_components
+from .memory_estimate import Model, tensors_of
+from .memory_plan import MemoryPlan, ModelSizes, check_request, device_capacity, memory_plan
+from .ops import Backend
+from .reference.dit import DiT
+from .request import PathLike, Request, load_driving_audio
+from .request import check_request as check_arguments
+from .text_encoder import TextEncoder, TextEncoderOnDisk, load_negative_prompt
 from .turbo_vae import TurboVAE
-from .weights import open_checkpoint
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
 
-OnStep = Callable[[str, int, int], object]
-OnLoad = Callable[[str, int, int], object]
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+@dataclass(frozen=True)
+class _Job:
+    """A request that was checked, with its picture and sound loaded."""
 
-class CancelEvent(Protocol):
-    """What `cancel` must offer; `threading.Event` does."""
-
-    def is_set(self) -> bool: ...
+    request: Request
+    prompts: list[str]  # and the negative prompt, where something is guided
+    pixels: tuple[torch.Tensor | None, torch.Tensor | None]  # the reference image for either stage
+    waveform: torch.Tensor | None
+    seconds: float
+    seed: int
+    sr_guidance: bool
+    stages: Stages
 
 
 @dataclass(frozen=True)
-class GenerationResult:
-    """One generated clip.
+class _Room:
+    """Bytes that captured steps may take while prompts are encoded and while frames are decoded; None: any."""
 
-    frames: uint8 (F, H, W, 3) at `fps`. audio: float32 (n, 2) at `sample_rate`. timings: seconds per stage, and
-    "total".
-    """
-
-    frames: np.ndarray
-    audio: np.ndarray
-    timings: Mapping[str, float]
-    seed: int
-    fps: int = config.FPS
-    sample_rate: int = config.SAMPLE_RATE
-
-    def save(self, path: PathLike) -> None:
-        """Write an mp4 with sound; the shorter of picture and sound sets the length.
-
-        Raises:
-            OutputError: the file cannot be written; nothing is left behind.
-        """
-        media.write_video(path, self.frames, self.audio, fps=self.fps, sample_rate=self.sample_rate)
-
-
-class _Stages:
-    """Names and times the stages of one run, and carries progress and cancellation."""
-
-    def __init__(self, device: torch.device, on_step: OnStep | None, cancel: CancelEvent | None) -> None:
-        self.timings: dict[str, float] = {}
-        self._device, self._on_step, self._cancel = device, on_step, cancel
-
-    def check(self, stage: str) -> None:
-        if self._cancel is not None and self._cancel.is_set():
-            raise Cancelled(f"cancelled during {stage}")
-
-    def reporter(self, stage: str) -> Callable[[int, int], None]:
-        """A callback (done, total) for one stage that reports progress, then honours cancellation."""
-
-        def report(done: int, total: int) -> None:
-            if self._on_step is not None:
-                self._on_step(stage, done, total)
-            self.check(stage)
-
-        return report
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        self.check(stage)
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.timings[stage] = time.perf_counter() - start
-
-
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """The device a name stands for: "auto" is the current CUDA device, else the CPU; others must exist."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise InputError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}")
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count()
-        if (resolved.index or 0) >= count:
-            raise InputError(f"device: {device!r} not found; this machine has {count} CUDA devices")
-        resolved = torch.device(
-            "cuda", torch.cuda.current_device() if resolved.index is None else resolved.index
-        )
-    return resolved
-
-
-def _choose(name: str, value: object, choices: Mapping[str, Any]) -> Any:
-    if not isinstance(value, str) or value not in choices:
-        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return choices[value]
+    to_encode: int | None
+    to_decode: int | None
 
 
 class MagiHumanPipeline:
-    """daVinci-MagiHuman, loaded. Call it with a prompt; see `from_pretrained` and `__call__`."""
+    """daVinci-MagiHuman, loaded. Call it with a prompt; see `from_pretrained` and `__call__`.
+
+    On a Hopper GPU the kernels compute it, each size captured as CUDA graphs (`setup`, or on first use); everywhere
+    else the reference path does. `engine.path` says which, and why. It may be called from several threads; on a GPU
+    one request runs at a time, the others wait for their turn.
+    """
 
     def __init__(
         self,
@@ -136,13 +82,25 @@ class MagiHumanPipeline:
         image_encoder: ImageEncoder | None = None,
         sr_dit: DiT | None = None,
         sr: SuperResolution | None = None,
+        kernels: bool | None = None,
+        backend: Backend | None = None,
+        memory_limit: int | None = None,
     ) -> None:
-        """Put loaded components together; `from_pretrained` is the usual way."""
+        """Put loaded components together; `from_pretrained` is the usual way.
+
+        `backend` runs the kernels' steps on "sim" or "reference" instead of a GPU, for tests. The rest is as in
+        `from_pretrained`.
+        """
         self.dit, self.variant = dit, variant
         self.sr_dit, self.sr = sr_dit, sr
         self.turbo_vae, self.audio_vae = turbo_vae, audio_vae
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.device = dit.device
+        self.engine = Engine(dit, sr_dit, kernels=kernels, backend=backend)
+        self.memory_limit = memory_limit
+        self._sizes = self._measure()
+        self._turn = threading.Lock()
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="magihuman")
 
     @classmethod
     def from_pretrained(
@@ -154,8 +112,11 @@ class MagiHumanPipeline:
         device: str | torch.device = "auto",
         precision: str = "bf16",
         text_encoder: PathLike | None = None,
+        text_encoder_on: str = "auto",
         image_vae: PathLike | None = None,
         audio_vae: PathLike | None = None,
+        memory_limit: int | None = None,
+        kernels: bool | None = None,
         on_load: OnLoad | None = None,
     ) -> MagiHumanPipeline:
         """Load the published files unchanged.
@@ -167,65 +128,88 @@ class MagiHumanPipeline:
             text_encoder, image_vae, audio_vae: folders of `t5gemma-9b-9b-ul2`, `Wan2.2-TI2V-5B` and
                 `stable-audio-open-1.0`; by default those names below `root`. Without the default image VAE folder the
                 pipeline takes no images.
+            text_encoder_on: where the text encoder is between prompts: "device"; "cpu", where it also runs; "disk",
+                from where it is loaded for each new prompt; or "auto": the device if there is room, else the CPU.
+            memory_limit: bytes of device memory to stay within; by default a GPU's free memory, and no limit on a CPU.
+            kernels: None takes the kernels where they run, True insists on them, False takes the reference path.
             on_load: called as (component, bytes read, bytes in all) while the large models load.
 
         Raises:
             InputError: an option that does not exist, or a device that is not there.
+            InsufficientMemory: the models do not fit; says what would. Nothing large has been loaded then.
             CheckpointError: a file missing, damaged or not the model's. The headers of the diffusion models are all
                 checked before any of them is read; after a failure nothing stays loaded.
         """
-        root = Path(root)
-        chosen: Variant = _choose("variant", variant, VARIANTS)
-        sr_chosen: SuperResolution | None = None if sr is None else _choose("sr", sr, SUPER_RESOLUTIONS)
-        dtype: torch.dtype = _choose("precision", precision, PRECISIONS)
-        target = resolve_device(device)
-        if not os.path.isdir(root):  # unlike Path.is_dir, also False for a name that no file system takes
-            raise CheckpointError(f"{root}: expected the checkpoint's root folder, found no folder")
-
-        checkpoints = {chosen.folder: open_checkpoint(root / chosen.folder)}
-        if sr_chosen is not None:
-            checkpoints[sr_chosen.folder] = open_checkpoint(root / sr_chosen.folder)
-        widths = {name: infer_config(checkpoint).text_in_channels for name, checkpoint in checkpoints.items()}
-
-        # The small components first: their faults show before minutes are spent on the large ones.
-        turbo = TurboVAE.from_pretrained(root / config.TURBO_VAE_FOLDER, device=target, dtype=dtype)
-        sound = AudioVAE.from_pretrained(Path(audio_vae or root / config.AUDIO_VAE_FOLDER), device=target)
-        image_path = Path(image_vae or root / config.IMAGE_VAE_FOLDER)
-        image = None
-        if image_vae is not None or image_path.exists():
-            image = ImageEncoder.from_pretrained(image_path, device=target)
-        text = TextEncoder.from_pretrained(
-            Path(text_encoder or root / config.TEXT_ENCODER_FOLDER), device=target, dtype=dtype
+        parts = load_components(
+            root,
+            variant=variant,
+            sr=sr,
+            device=device,
+            precision=precision,
+            text_encoder=text_encoder,
+            text_encoder_on=text_encoder_on,
+            image_vae=image_vae,
+            audio_vae=audio_vae,
+            memory_limit=memory_limit,
+            kernels=kernels,
+            on_load=on_load,
         )
-        for name, width in widths.items():
-            if width != text.hidden_size:
-                raise CheckpointError(
-                    f"{root / name}: reads text encodings of width {width}, but {text.path} gives {text.hidden_size}"
-                )
+        return cls(**vars(parts), kernels=kernels, memory_limit=memory_limit)
 
-        models = {}
-        for name, checkpoint in checkpoints.items():
-            total, done = sum(e.nbytes for e in checkpoint.entries.values()), 0
+    def setup(
+        self,
+        sizes: Iterable[tuple[int, int]] = ((448, 256),),
+        *,
+        seconds: float = 5,
+        steps: int | None = None,
+        sr_guidance: bool = False,
+    ) -> None:
+        """Make everything ready for clips of these first-stage (width, height) in pixels, so that no request waits.
 
-            def report(nbytes: int, name: str = name, total: int = total) -> None:
-                nonlocal done
-                done += nbytes
-                if on_load is not None:
-                    on_load(name, done, total)
+        On the kernels that allocates and captures the steps of both stages; elsewhere there is nothing to do.
 
-            start = time.perf_counter()
-            models[name] = DiT.from_checkpoint(checkpoint, device=target, dtype=dtype, on_tensor=report)
-            log.info("loaded %s in %.1f s", checkpoint.path, time.perf_counter() - start)
-        return cls(
-            dit=models[chosen.folder],
-            variant=chosen,
-            turbo_vae=turbo,
-            audio_vae=sound,
-            text_encoder=text,
-            image_encoder=image,
-            sr_dit=None if sr_chosen is None else models[sr_chosen.folder],
-            sr=sr_chosen,
-        )
+        Raises:
+            InputError: a size out of range.
+            InsufficientMemory: they do not fit together; says what would. Nothing has been allocated then.
+        """
+        keys: list[tuple[Stage, StepSpec]] = []
+        for width, height in sizes:
+            request = check_arguments(self.variant, self.sr, seconds, width, height, 0, steps, None, None)
+            keys += self._steps(request, config.audio_latents(seconds), sr_guidance)
+            self._reserve(keys[-2:] if self.sr is not None else keys[-1:])
+        self.engine.setup(keys)
+
+    def memory_plan(self, seconds: float = 5) -> list[MemoryPlan]:
+        """What each preset needs on the device, with the text encoder in each place."""
+        return memory_plan(self._sizes, seconds)
+
+    async def generate_async(
+        self,
+        prompt: str,
+        *,
+        on_step: OnStep | None = None,
+        cancel: CancelEvent | None = None,
+        **options: Any,
+    ) -> GenerationResult:
+        """`__call__` for services: awaits the clip while the event loop goes on; requests are served in their order.
+
+        `on_step` is called in the event loop. Cancelling the awaiting task ends the request: at once while it waits,
+        after the step that runs otherwise. `options` and errors are those of `__call__`.
+        """
+        loop = asyncio.get_running_loop()
+        stop = _EitherEvent(cancel)
+        report: OnStep | None = None
+        if on_step is not None:
+            told = on_step
+
+            def report(stage: str, done: int, total: int) -> None:
+                loop.call_soon_threadsafe(told, stage, done, total)
+
+        future = self._waiting.submit(self, prompt, on_step=report, cancel=stop, **options)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            stop.set()  # nothing to a run that is over
 
     @torch.no_grad()
     def __call__(
@@ -264,11 +248,14 @@ class MagiHumanPipeline:
 
         Raises:
             InputError: a value out of range, an unreadable image or sound. Raised before anything is computed.
+            InsufficientMemory: the clip does not fit beside the models; says what would.
             Cancelled: `cancel` was set.
         """
         if sr_guidance and self.sr is None:
             raise InputError("sr_guidance: this pipeline was loaded without sr=")
-        request = check_request(self.variant, self.sr, seconds, width, height, seed, steps, sr_steps, sr_size)
+        request = check_arguments(
+            self.variant, self.sr, seconds, width, height, seed, steps, sr_steps, sr_size
+        )
         null_prompt = load_negative_prompt() if negative_prompt is None else negative_prompt
         guided = self.variant.guided or sr_guidance
         if negative_prompt is not None and not guided:
@@ -276,78 +263,141 @@ class MagiHumanPipeline:
         for name, value in (("prompt", prompt), ("negative_prompt", null_prompt if guided else "-")):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{name}: expected text, got {value!r}")
-        pixels, sr_pixels = self._load_image(image, request)
+        prompts = [prompt, null_prompt] if guided else [prompt]
+        pixels = self._load_image(image, request)
         waveform = load_driving_audio(audio, seconds)
+        length = seconds if waveform is None else waveform.shape[1] / media.DRIVING_SAMPLE_RATE
+        keys = self._steps(request, config.audio_latents(length), sr_guidance)
+        stages = Stages(self.device, on_step, cancel)
+        job = _Job(request, prompts, pixels, waveform, seconds, seed, sr_guidance, stages)
+        if self.device.type != "cuda":
+            return self._generate(job, self._reserve(keys))
+        with stages.turn(self._turn):
+            return self._generate(job, self._reserve(keys))
 
-        stages = _Stages(self.device, on_step, cancel)
+    def _generate(self, job: _Job, room: _Room) -> GenerationResult:
+        request, stages = job.request, job.stages
         started = time.perf_counter()
-        generator = torch.Generator(self.device).manual_seed(seed)
-        with stages.timed("text"):
-            text = self.text_encoder.encode(prompt).hidden
-            null_text = (
-                self.text_encoder.encode(null_prompt, name="negative prompt").hidden if guided else None
-            )
-            if self.sr is not None and min(len(t) for t in (text, null_text) if t is not None) < 2:
-                raise InputError("prompt: super-resolution needs at least 2 text tokens, got 1")
+        generator = torch.Generator(self.device).manual_seed(job.seed)
+        with Beside(self.device) as beside:
+            images = [
+                beside.start(partial(self._encode_image, pixels, stages, stage))
+                for pixels, stage in zip(job.pixels, ("image_encode", "sr_image_encode"), strict=True)
+            ]
+            self.engine.make_room(room.to_encode)
+            with stages.timed("text"), self.text_encoder.loaded() as encoder:
+                names = ("prompt", "negative prompt")
+                texts = [
+                    encoder.encode(text, name=name).hidden.to(self.device)
+                    for text, name in zip(job.prompts, names, strict=False)
+                ]
+                if self.sr is not None and min(map(len, texts)) < 2:
+                    raise InputError("prompt: super-resolution needs at least 2 text tokens, got 1")
 
-        # Draws in the published order: audio latents first, then video latents.
-        if waveform is None:
-            audio_latent = sampler.draw_noise(
-                generator, (config.audio_latents(seconds), config.AUDIO_CHANNELS)
-            )
-        else:
-            with stages.timed("audio_encode"):
-                audio_latent = self.audio_vae.encode(waveform, generator=generator).to(self.device)
-        frames = config.latent_frames(len(audio_latent))
-        video = sampler.draw_noise(generator, request.latent_shape(frames, request.size))
-
-        image_latent = self._encode_image(pixels, stages, "image_encode")
-        with stages.timed("denoise"):
-            options: dict[str, Any] = {
-                "steps": request.steps,
-                "image_latent": image_latent,
-                "fixed_audio": waveform is not None,
-                "on_step": stages.reporter("denoise"),
-            }
-            if self.variant.guided:
-                assert null_text is not None
-                video, audio_latent = sampler.sample_guided(
-                    self.dit, video, audio_latent, text, null_text, **options
-                )
+            # Draws in the published order: audio latents first, then video latents.
+            if job.waveform is None:
+                shape: tuple[int, ...] = (config.audio_latents(job.seconds), config.AUDIO_CHANNELS)
+                audio = sampler.draw_noise(generator, shape)
             else:
-                noise = sampler.gaussian_noise(generator, tuple(video.shape), tuple(audio_latent.shape))
-                video, audio_latent = sampler.sample_distilled(
-                    self.dit, video, audio_latent, text, noise=noise, **options
-                )
+                with stages.timed("audio_encode"):
+                    audio = self.audio_vae.encode(job.waveform, generator=generator).to(self.device)
+            frames = config.latent_frames(len(audio))
+            video = sampler.draw_noise(generator, request.latent_shape(frames, request.size))
+            image_latent, sr_image_latent = (image() for image in images)
 
-        if self.sr is not None and self.sr_dit is not None:
-            image_latent = self._encode_image(sr_pixels, stages, "sr_image_encode")
-            with stages.timed("super_resolution"):
-                shape = request.latent_shape(frames, request.sr_size)
-                video_noise = sampler.draw_noise(generator, shape)
-                audio_noise = sampler.draw_noise(generator, tuple(audio_latent.shape))
-                video, sr_audio = sampler.prepare_super_resolution(
-                    video, audio_latent, shape[2:], video_noise=video_noise, audio_noise=audio_noise
-                )
-                del video_noise
-                # The noised audio latents only condition this stage; the sound is decoded from the clean ones.
-                video, _ = sampler.super_resolve(
-                    self.sr_dit,
-                    video,
-                    sr_audio,
-                    text,
-                    null_text if sr_guidance else None,
-                    steps=request.sr_steps,
-                    frame_window=self.sr.frame_window,
-                    image_latent=image_latent,
-                    on_step=stages.reporter("super_resolution"),
-                )
-        with stages.timed("decode"):
-            clip = self.turbo_vae.decode_frames(video, on_window=stages.reporter("decode"))
-        with stages.timed("sound"):
-            sound = self.audio_vae.decode(audio_latent)
+            with stages.timed("denoise"):
+                options: dict[str, Any] = {
+                    "steps": request.steps,
+                    "image_latent": image_latent,
+                    "fixed_audio": job.waveform is not None,
+                    "on_step": stages.reporter("denoise"),
+                }
+                if self.variant.guided:
+                    video, audio = self.engine.sample_guided(video, audio, *texts, **options)
+                else:
+                    noise = sampler.gaussian_noise(generator, tuple(video.shape), tuple(audio.shape))
+                    video, audio = self.engine.sample_distilled(
+                        video, audio, texts[0], noise=noise, **options
+                    )
+
+            if self.sr is not None:
+                with stages.timed("super_resolution"):
+                    shape = request.latent_shape(frames, request.sr_size)
+                    video_noise = sampler.draw_noise(generator, shape)
+                    audio_noise = sampler.draw_noise(generator, tuple(audio.shape))
+                    video, sr_audio = sampler.prepare_super_resolution(
+                        video, audio, shape[2:], video_noise=video_noise, audio_noise=audio_noise
+                    )
+                    del video_noise
+                    # The noised audio latents only condition this stage; the sound is decoded from the clean ones.
+                    video, _ = self.engine.super_resolve(
+                        video,
+                        sr_audio,
+                        texts[0],
+                        texts[1] if job.sr_guidance else None,
+                        steps=request.sr_steps,
+                        frame_window=self.sr.frame_window,
+                        image_latent=sr_image_latent,
+                        on_step=stages.reporter("super_resolution"),
+                    )
+            self.engine.make_room(room.to_decode)
+            sound = beside.start(partial(self._decode_sound, audio, stages))
+            with stages.timed("decode"):
+                clip = self.turbo_vae.decode_frames(video, on_window=stages.reporter("decode"))
+            waveform = sound()
         timings = {**stages.timings, "total": time.perf_counter() - started}
-        return GenerationResult(clip.cpu().numpy(), sound.cpu().numpy(), timings, seed)
+        return GenerationResult(clip.cpu().numpy(), waveform.cpu().numpy(), timings, job.seed)
+
+    def _measure(self) -> ModelSizes:
+        """Bytes of what is loaded."""
+        models = {
+            dit: Model(dit.config, dit_bytes(dit.config, dit.dtype))
+            for dit in (self.dit, self.sr_dit)
+            if dit is not None
+        }
+        sr = {
+            name: models[self.sr_dit]
+            for name, known in SUPER_RESOLUTIONS.items()
+            if known == self.sr and self.sr_dit
+        }
+        parts = (self.turbo_vae, self.audio_vae, self.image_encoder)
+        return ModelSizes(
+            models[self.dit],
+            self.variant.guided,
+            sr,
+            self.turbo_vae.config,
+            sum(tensor.nbytes for tensor in tensors_of(self.text_encoder)),
+            sum(tensor.nbytes for part in parts for tensor in tensors_of(part)),
+            self.dit.dtype.itemsize,
+            self.engine.backend is not None,
+        )
+
+    def _steps(self, request: Request, audio: int, sr_guidance: bool) -> list[tuple[Stage, StepSpec]]:
+        """What a request's stages are captured for, of a clip with `audio` audio latents."""
+        first = ClipShape.of(request.size, audio)
+        keys: list[tuple[Stage, StepSpec]] = [
+            ("denoise", StepSpec.first_stage(first, guided=self.variant.guided, steps=request.steps))
+        ]
+        if self.sr is not None:
+            shape, window = ClipShape.of(request.sr_size, audio), self.sr.frame_window
+            spec = StepSpec.super_resolution(shape, guided=sr_guidance, frame_window=window)
+            keys.append(("super_resolution", spec))
+        return keys
+
+    def _reserve(self, keys: Sequence[tuple[Stage, StepSpec]]) -> _Room:
+        """Refuse what does not fit; how much captured steps may take during which stage."""
+        sizes, capacity = self._sizes, device_capacity(self.device, self.memory_limit)
+        models: dict[Stage, Model] = {"denoise": sizes.first}
+        models |= {"super_resolution": model for model in sizes.super_resolution.values()}
+        resident = self.text_encoder.device == self.device
+        weights = sizes.other_bytes + sum(model.weight_bytes for model in models.values())
+        weights += sizes.text_encoder_bytes if resident else 0
+        decode = check_request(sizes, [(models[stage], spec) for stage, spec in keys], weights, capacity)
+        if capacity is None:
+            return _Room(None, None)
+        self.engine.limit = room = capacity - weights
+        loads_text = isinstance(self.text_encoder, TextEncoderOnDisk)
+        return _Room(room - sizes.text_encoder_bytes if loads_text else room, room - decode)
 
     def _load_image(
         self, image: PathLike | Image.Image | np.ndarray | None, request: Request
@@ -364,8 +414,23 @@ class MagiHumanPipeline:
         pixels = preprocess_image(picture, *request.size)
         return pixels, None if self.sr is None else preprocess_image(picture, *request.sr_size)
 
-    def _encode_image(self, pixels: torch.Tensor | None, stages: _Stages, stage: str) -> torch.Tensor | None:
+    def _encode_image(self, pixels: torch.Tensor | None, stages: Stages, stage: str) -> torch.Tensor | None:
         if pixels is None or self.image_encoder is None:
             return None
         with stages.timed(stage):
             return self.image_encoder.encode(pixels.to(self.device))
+
+    def _decode_sound(self, audio: torch.Tensor, stages: Stages) -> torch.Tensor:
+        with stages.timed("sound"):
+            return self.audio_vae.decode(audio)
+
+
+class _EitherEvent(threading.Event):
+    """Set when it was set itself, or when the caller's own event is."""
+
+    def __init__(self, other: CancelEvent | None) -> None:
+        super().__init__()
+        self._other = other
+
+    def is_set(self) -> bool:
+        return super().is_set() or (self._other is not None and self._other.is_set())

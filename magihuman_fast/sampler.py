@@ -100,6 +100,32 @@ def _order(step: int, count: int) -> int:
     return min(2, step + 1, count - step)
 
 
+def unipc_table(sigmas: np.ndarray) -> torch.Tensor:
+    """The same steps as rows for `ops.unipc_step`, float32 (steps, 9): sigma, own, last, old, prev, new, predictor."""
+    rows = []
+    for step in unipc_steps(sigmas):
+        corrector = (1.0, 0.0, 0.0, 0.0, 0.0) if step.corrector is None else (0.0, *step.corrector)
+        rows.append((step.sigma, *corrector, *step.predictor))
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def renoise_table(sigmas: np.ndarray) -> torch.Tensor:
+    """A distilled run as rows for `ops.renoise_step`, float32 (steps, 3): sigma_i, 1 - sigma_{i+1}, sigma_{i+1}."""
+    return torch.from_numpy(np.stack([sigmas[:-1], 1 - sigmas[1:], sigmas[1:]], axis=1)).float()
+
+
+def video_guidance(sigmas: np.ndarray) -> list[float]:
+    """Guidance of the base model's video in each step."""
+    return [GUIDANCE_EARLY if t > GUIDANCE_SWITCH else GUIDANCE_LATE for t in timesteps(sigmas)]
+
+
+def super_resolution_guidance(frames: int) -> torch.Tensor:
+    """Guidance of each latent frame in super-resolution, float32 (frames,)."""
+    guidance = torch.full((frames,), SR_GUIDANCE)
+    guidance[:SR_START_FRAMES] = SR_GUIDANCE_START
+    return guidance
+
+
 class UniPC:
     """The solver's state for one latent: its last samples and predictions."""
 
@@ -124,13 +150,14 @@ class UniPC:
         return out
 
 
-def _check_latents(
-    dit: DiT, video: torch.Tensor, audio: torch.Tensor, image_latent: torch.Tensor | None
+def check_latents(
+    device: torch.device, video: torch.Tensor, audio: torch.Tensor, image_latent: torch.Tensor | None
 ) -> None:
+    """Refuse latents that no sampler on `device` could step: an `InputError` names expected and got."""
     for name, x, ndim in (("video", video, 4), ("audio", audio, 2)):
-        if x.ndim != ndim or x.dtype != torch.float32 or x.device != dit.device:
+        if x.ndim != ndim or x.dtype != torch.float32 or x.device != device:
             raise InputError(
-                f"{name} latent: expected {ndim} dimensions, float32, on {dit.device}; "
+                f"{name} latent: expected {ndim} dimensions, float32, on {device}; "
                 f"got {tuple(x.shape)}, {x.dtype}, on {x.device}"
             )
     if image_latent is not None:
@@ -146,15 +173,20 @@ def _clamp_image(video: torch.Tensor, image_latent: torch.Tensor | None) -> torc
     return torch.cat([image_latent.to(video), video[:, 1:]], dim=1)
 
 
-def renoise(
-    x: torch.Tensor, velocity: torch.Tensor, noise: torch.Tensor, sigma: float, sigma_next: float
-) -> torch.Tensor:
-    """One distilled step: predict the clean latent at `sigma`, then noise it afresh to `sigma_next`."""
+def check_noise(noise: torch.Tensor, x: torch.Tensor) -> None:
+    """Refuse noise that is not of the latents' shape, dtype and device."""
     if noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
         raise InputError(
             f"noise: expected shape {tuple(x.shape)}, {x.dtype}, on {x.device}; "
             f"got {tuple(noise.shape)}, {noise.dtype}, on {noise.device}"
         )
+
+
+def renoise(
+    x: torch.Tensor, velocity: torch.Tensor, noise: torch.Tensor, sigma: float, sigma_next: float
+) -> torch.Tensor:
+    """One distilled step: predict the clean latent at `sigma`, then noise it afresh to `sigma_next`."""
+    check_noise(noise, x)
     return sigma_next * noise + (1 - sigma_next) * (x - sigma * velocity)
 
 
@@ -184,7 +216,7 @@ def sample_distilled(
     Raises:
         InputError: shapes that do not fit, or fewer noise pairs than steps.
     """
-    _check_latents(dit, video, audio, image_latent)
+    check_latents(dit.device, video, audio, image_latent)
     sigmas = flow_sigmas(steps).tolist()
     pairs = iter(noise)
     for i in range(steps):
@@ -218,14 +250,13 @@ def sample_guided(
 
     `null_text` (Nt', C) is the encoding of the negative prompt; everything else as in `sample_distilled`.
     """
-    _check_latents(dit, video, audio, image_latent)
+    check_latents(dit.device, video, audio, image_latent)
     sigmas = flow_sigmas(steps)
     solve_video, solve_audio = UniPC(sigmas), UniPC(sigmas)
-    for i, timestep in enumerate(timesteps(sigmas)):
+    for i, guidance in enumerate(video_guidance(sigmas)):
         video = _clamp_image(video, image_latent)
         text_v, text_a = dit.velocity(video, audio, text)
         null_v, null_a = dit.velocity(video, audio, null_text)
-        guidance = GUIDANCE_EARLY if timestep > GUIDANCE_SWITCH else GUIDANCE_LATE
         video = solve_video.step(null_v + guidance * (text_v - null_v), video)
         if not fixed_audio:
             audio = solve_audio.step(null_a + AUDIO_GUIDANCE * (text_a - null_a), audio)
@@ -290,12 +321,11 @@ def super_resolve(
     One forward a step, or two with guidance where `null_text` is given. `frame_window` is 11 for the 1080p model and
     None for the 540p model; everything else as in `sample_distilled`.
     """
-    _check_latents(dit, video, audio, image_latent)
+    check_latents(dit.device, video, audio, image_latent)
     coords: CoordsStyle = "v1"
     sigmas = flow_sigmas(steps)
     solver = UniPC(sigmas)
-    guidance = torch.full((video.shape[1], 1, 1), SR_GUIDANCE, device=video.device)
-    guidance[:SR_START_FRAMES] = SR_GUIDANCE_START
+    guidance = super_resolution_guidance(video.shape[1]).to(video.device).view(-1, 1, 1)
     for i in range(steps):
         video = _clamp_image(video, image_latent)
         v, _ = dit.velocity(video, audio, text, coords=coords, frame_window=frame_window)

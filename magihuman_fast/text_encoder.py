@@ -6,9 +6,12 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,21 @@ class TextEncoder:
         model.eval().requires_grad_(False)
         return cls(folder, tokenizer, model)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; "meta" where they are on disk."""
+        return next(self._model.parameters()).device
+
+    @staticmethod
+    def weight_bytes(folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> int:
+        """Memory that the encoder in `folder` takes in `dtype`, from its files' headers alone."""
+        entries = open_checkpoint(Path(folder), prefix=_PREFIX).entries.values()
+        return sum(prod(entry.shape) for entry in entries) * dtype.itemsize
+
+    def loaded(self) -> AbstractContextManager[TextEncoder]:
+        """The encoder, for as long as prompts are to be encoded: here simply itself."""
+        return nullcontext(self)
+
     @torch.no_grad()
     def encode(self, prompt: str, *, name: str = "prompt") -> TextEmbedding:
         """Encode one prompt, without padding or truncation; of the result the first 640 rows are kept.
@@ -122,7 +140,7 @@ class TextEncoder:
         ids = self._tokenizer(prompt, padding=False, truncation=False, verbose=False)["input_ids"]
         if len(ids) > self._max_positions:
             raise InputError(f"{name}: expected at most {self._max_positions} tokens, got {len(ids)}")
-        input_ids = torch.tensor([ids], device=next(self._model.parameters()).device)
+        input_ids = torch.tensor([ids], device=self.device)
         # Given explicitly: left out, transformers would mask a token spelled "<pad>" in the prompt.
         mask = torch.ones_like(input_ids)
         hidden = self._model(input_ids=input_ids, attention_mask=mask).last_hidden_state[0]
@@ -130,6 +148,55 @@ class TextEncoder:
             logger.warning("%s has %d tokens; only the first %d are used", name, len(ids), MAX_TEXT_TOKENS)
         hidden = hidden[:MAX_TEXT_TOKENS].to(torch.float16).to(torch.float32)
         return TextEmbedding(hidden, hidden.shape[0])
+
+
+class TextEncoderOnDisk(TextEncoder):
+    """A text encoder that is on its device only while it encodes; the last 16 prompts need no loading."""
+
+    _load: Callable[[], TextEncoder]
+
+    def __init__(self, path: Path, tokenizer: Any, model: Any) -> None:
+        super().__init__(path, tokenizer, model)
+        self._block = threading.RLock()
+        self._depth = 0
+        self._loaded: TextEncoder | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> TextEncoderOnDisk:
+        """As `TextEncoder.from_pretrained`, but reads headers and tokenizer only, which finds most faults."""
+        encoder = super().from_pretrained(folder, device="meta", dtype=dtype)
+        assert isinstance(encoder, cls)
+        encoder._load = partial(TextEncoder.from_pretrained, folder, device=device, dtype=dtype)
+        return encoder
+
+    @contextmanager
+    def loaded(self) -> Iterator[TextEncoder]:
+        """Within the block all prompts share one loading, which the first that is not known yet brings about."""
+        with self._block:
+            self._depth += 1
+            try:
+                yield self
+            finally:
+                self._depth -= 1
+                if self._depth == 0 and self._loaded is not None:
+                    self._loaded = None
+                    if torch.cuda.is_initialized():
+                        torch.cuda.empty_cache()  # room for whatever is allocated otherwise
+
+    def encode(self, prompt: str, *, name: str = "prompt") -> TextEmbedding:
+        with self.loaded():
+            return super().encode(prompt, name=name)
+
+    def _encode(self, prompt: str, name: str) -> TextEmbedding:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded._encode(prompt, name)
 
 
 def _meta_model(config_file: Path, values: Any) -> Any:

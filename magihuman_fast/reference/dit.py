@@ -240,9 +240,7 @@ class DiT:
         self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, coords: CoordsStyle
     ) -> PackedTokens:
         """Check the inputs of `velocity` and lay them out as tokens; see `packing.pack`."""
-        c = self.config
-        channels = (c.video_in_channels, c.audio_in_channels, c.text_in_channels)
-        return pack(video, audio, text, self.bands, coords=coords, channels=channels)
+        return pack(video, audio, text, self.bands, coords=coords, channels=self.config.token_channels)
 
     @torch.no_grad()
     def velocity(

@@ -1,0 +1,198 @@
+"""What a device must hold for a preset or a request, known before anything is allocated.
+
+Weights stay. Captured steps stay too while there is room: a decode drops them where there is not, and the next request
+captures them anew. So what is needed at least is the weights and the larger of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from .config import (
+    FPS,
+    MIN_SECONDS,
+    SUPER_RESOLUTIONS,
+    VAE_TIME_STRIDE,
+    audio_latents,
+    latent_frames,
+    super_resolution_size,
+)
+from .dit import ClipShape
+from .errors import InsufficientMemory
+from .graph import GRAPH_BYTES, StepSpec
+from .memory_estimate import PRESET_SECONDS, PRESET_SIZE, Model, activation_bytes, decode_bytes
+from .turbo_vae_config import TurboVAEConfig
+
+TextEncoderPlace = Literal["device", "cpu", "disk"]
+"""Where the text encoder is between two prompts. From "disk" it is loaded onto the device for each new prompt."""
+PLACES: tuple[TextEncoderPlace, ...] = get_args(TextEncoderPlace)
+# Of a GPU's free memory this much is left alone: libraries' workspaces, the sound's decode, fragments.
+RESERVE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Bytes and sizes of everything that is loaded. `super_resolution` is by preset."""
+
+    first: Model
+    guided: bool  # the first stage
+    super_resolution: Mapping[str, Model]
+    turbo_vae: TurboVAEConfig
+    text_encoder_bytes: int
+    other_bytes: int  # of both VAEs and the image encoder
+    itemsize: int  # of the layer linears and of the decoder's activations
+    kernels: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one preset needs on the device, with the text encoder in one place."""
+
+    preset: str
+    size: tuple[int, int]  # width, height in pixels
+    text_encoder: TextEncoderPlace
+    weight_bytes: int  # of what stays
+    step_bytes: int  # captured steps of all stages, or on the reference path the largest stage's activations
+    decode_bytes: int
+    text_bytes: int  # of a text encoder that is there only while it encodes
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weight_bytes + max(self.step_bytes, self.decode_bytes, self.text_bytes)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What lets captured steps stay where they are while frames are decoded."""
+        return self.weight_bytes + self.step_bytes + max(self.decode_bytes, self.text_bytes)
+
+    def fits(self, capacity: int | None) -> bool:
+        return capacity is None or self.needed_bytes <= capacity
+
+
+def graph_bytes(model: Model, spec: StepSpec) -> int:
+    """Device memory of a captured step."""
+    return spec.nbytes(model.config) + GRAPH_BYTES
+
+
+def stage_bytes(sizes: ModelSizes, stages: Sequence[tuple[Model, StepSpec]]) -> int:
+    """Memory beyond the weights in which a request's stages run: see `MemoryPlan.step_bytes`."""
+    if sizes.kernels:
+        return sum(graph_bytes(model, spec) for model, spec in stages)
+    return max(activation_bytes(model.config, spec.shape.rows, sizes.itemsize) for model, spec in stages)
+
+
+def memory_plan(sizes: ModelSizes, seconds: float = PRESET_SECONDS) -> list[MemoryPlan]:
+    """Every preset with the text encoder in every place; an absent super-resolution model counts like the first."""
+    audio = audio_latents(seconds)
+    first = ClipShape.of(PRESET_SIZE, audio)
+    steps = 32 if sizes.guided else 8
+    base = (sizes.first, StepSpec.first_stage(first, guided=sizes.guided, steps=steps))
+    presets: list[tuple[str, ClipShape, list[tuple[Model, StepSpec]]]] = [("256p", first, [base])]
+    for name, sr in SUPER_RESOLUTIONS.items():
+        shape = ClipShape.of(super_resolution_size(*PRESET_SIZE, sr), audio)
+        spec = StepSpec.super_resolution(shape, guided=False, frame_window=sr.frame_window)
+        presets.append((name, shape, [base, (sizes.super_resolution.get(name, sizes.first), spec)]))
+    plans = []
+    for name, shape, stages in presets:
+        weights = sizes.other_bytes + sum(model.weight_bytes for model, _ in stages)
+        decode = decode_bytes(sizes.turbo_vae, shape.size, shape.frames, sizes.itemsize)
+        for place in PLACES:
+            text = sizes.text_encoder_bytes
+            plans.append(
+                MemoryPlan(
+                    name,
+                    shape.size,
+                    place,
+                    weights + (text if place == "device" else 0),
+                    stage_bytes(sizes, stages),
+                    decode,
+                    text if place == "disk" else 0,
+                )
+            )
+    return plans
+
+
+def choose_place(plans: Sequence[MemoryPlan], preset: str, capacity: int | None) -> TextEncoderPlace:
+    """The place for the text encoder in which `preset` fits into `capacity` bytes: on the device if it can be.
+
+    Raises:
+        InsufficientMemory: it fits nowhere; says what each place would need and which presets fit.
+    """
+    for place in ("device", "cpu"):  # "disk" needs no less than "cpu", and reads gigabytes for each prompt
+        if any(p.fits(capacity) for p in plans if (p.preset, p.text_encoder) == (preset, place)):
+            return place
+    raise InsufficientMemory(_nothing_fits(plans, preset, capacity))
+
+
+def check_place(
+    plans: Sequence[MemoryPlan], preset: str, place: TextEncoderPlace, capacity: int | None
+) -> None:
+    """Refuse a preset that does not fit with the text encoder in `place`."""
+    if not any(p.fits(capacity) for p in plans if (p.preset, p.text_encoder) == (preset, place)):
+        raise InsufficientMemory(_nothing_fits(plans, preset, capacity))
+
+
+def _nothing_fits(plans: Sequence[MemoryPlan], preset: str, capacity: int | None) -> str:
+    needs = [f"{_gib(p.needed_bytes)} ({p.text_encoder})" for p in plans if p.preset == preset]
+    fitting = [f"{p.preset} ({p.text_encoder})" for p in plans if p.fits(capacity)]
+    return (
+        f"memory: expected room for {preset} by where the text encoder is kept, {', '.join(needs)}; "
+        f"{_gib(capacity or 0)} are free, in which would fit: {', '.join(fitting) or 'none of the presets'}"
+    )
+
+
+def device_capacity(device: torch.device, limit: int | None = None) -> int | None:
+    """Bytes that this process may use on `device`, what it uses already included; None where nothing limits it.
+
+    On a GPU that is what is free or held by torch, less a reserve; `limit` lowers it. On a CPU there is only `limit`.
+    """
+    if device.type != "cuda":
+        return limit
+    free, _ = torch.cuda.mem_get_info(device)
+    capacity = free + torch.cuda.memory_reserved(device) - RESERVE_BYTES
+    return capacity if limit is None else min(capacity, limit)
+
+
+def check_request(
+    sizes: ModelSizes,
+    stages: Sequence[tuple[Model, StepSpec]],
+    weight_bytes: int,
+    capacity: int | None,
+) -> int:
+    """Refuse a request that does not fit beside the weights; the bytes that its decode will need.
+
+    Raises:
+        InsufficientMemory: says what is needed, what is free, and the longest clip of that size that would fit.
+    """
+
+    def needs(shapes: Sequence[ClipShape]) -> tuple[int, int]:
+        resized = [
+            (model, replace(spec, shape=shape)) for (model, spec), shape in zip(stages, shapes, strict=True)
+        ]
+        last = shapes[-1]
+        decode = decode_bytes(sizes.turbo_vae, last.size, last.frames, sizes.itemsize)
+        return stage_bytes(sizes, resized), decode
+
+    shapes = [spec.shape for _, spec in stages]
+    step, decode = needs(shapes)
+    if capacity is None or weight_bytes + max(step, decode) <= capacity:
+        return decode
+    free, longest = capacity - weight_bytes, "no length would fit at this size"
+    for frames in range(latent_frames(audio_latents(MIN_SECONDS)), shapes[0].frames):
+        audio = VAE_TIME_STRIDE * (frames - 1) + 1
+        if max(needs([ClipShape(frames, s.height, s.width, audio) for s in shapes])) > free:
+            break
+        longest = f"{(audio - 1) / FPS:.1f} s would fit at this size"
+    width, height = shapes[-1].size
+    raise InsufficientMemory(
+        f"size, seconds: {(shapes[0].audio - 1) / FPS:.1f} s of {width}x{height} need {_gib(max(step, decode))} beside "
+        f"the weights ({_gib(step)} for the steps, {_gib(decode)} to decode), {_gib(max(free, 0))} are free; {longest}"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

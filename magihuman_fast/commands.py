@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from .config import IMAGE_VAE_FOLDER, SUPER_RESOLUTIONS, VARIANTS
 from .environment import available_memory, cpu_bf16_instructions, cuda_devices, describe_machine
 from .errors import InputError, OutputError
 from .loading import resolve_device
+from .memory_estimate import bytes_text
 from .pipeline import MagiHumanPipeline
 from .request import check_request, load_driving_audio
 from .synthetic import write_checkpoint
@@ -191,13 +191,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    power = min(int(math.log(count, 1024)) if count >= 1 else 0, 4)
-    return f"{count / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
 def check(args: argparse.Namespace) -> Answer:
     """Verify a checkpoint; exit code 3 unless all that a run as asked for loads is right."""
     report = check_checkpoint(
@@ -215,7 +208,9 @@ def check(args: argparse.Namespace) -> Answer:
 def _check_text(report: CheckReport, precision: str, quiet: bool) -> str:
     lines = []
     for c in report.components:
-        facts = f"{c.tensors} tensors, {_bytes(c.disk_bytes)} on disk, {_bytes(c.memory_bytes)} in memory"
+        facts = (
+            f"{c.tensors} tensors, {bytes_text(c.disk_bytes)} on disk, {bytes_text(c.memory_bytes)} in memory"
+        )
         status = "MISSING" if c.required and not c.found else c.status
         lines.append(
             f"{status:<7} {c.name:<13}"
@@ -230,7 +225,7 @@ def _check_text(report: CheckReport, precision: str, quiet: bool) -> str:
                 "x".join(map(str, memory.size)),
                 str(memory.tokens),
                 *map(
-                    _bytes,
+                    bytes_text,
                     (memory.weight_bytes, memory.denoise_bytes, memory.decode_bytes, memory.total_bytes),
                 ),
             )
@@ -243,8 +238,8 @@ def _check_text(report: CheckReport, precision: str, quiet: bool) -> str:
         ]
         lines += [_table(header, rows)]
         lines += [f"{memory.preset}: {memory.note}" for memory in report.memory if memory.note]
-        here = [f"{_bytes(d['memory_bytes'])} on {d['device']} ({d['name']})" for d in cuda_devices()]
-        lines.append("here: " + ", ".join([*here, f"{_bytes(available_memory())} available to the CPU"]))
+        here = [f"{bytes_text(d['memory_bytes'])} on {d['device']} ({d['name']})" for d in cuda_devices()]
+        lines.append("here: " + ", ".join([*here, f"{bytes_text(available_memory())} available to the CPU"]))
     verdict = "ok: everything needed is there" if report.ok else "not usable: see the components above"
     return "\n".join([*lines, "", verdict])
 
@@ -262,9 +257,9 @@ def synth(args: argparse.Namespace) -> Answer:
     existing = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise OutputError(f"{folder}: expected {_bytes(needed)} of free disk, found {_bytes(free)}")
+        raise OutputError(f"{folder}: expected {bytes_text(needed)} of free disk, found {bytes_text(free)}")
     if not args.quiet:
-        print(f"writing {_bytes(needed)} of RANDOM weights to {folder}", file=sys.stderr)
+        print(f"writing {bytes_text(needed)} of RANDOM weights to {folder}", file=sys.stderr)
     with contextlib.closing(Progress(args.quiet or args.json, unit="file")) as progress:
         write_checkpoint(
             folder,
@@ -281,7 +276,8 @@ def synth(args: argparse.Namespace) -> Answer:
         "seed": args.seed,
         "bytes": written,
     }
-    text = f"wrote {_bytes(written)} to {folder}. The weights are random: pictures and sound made with them are noise."
+    text = f"wrote {bytes_text(written)} to {folder}. "
+    text += "The weights are random: pictures and sound made with them are noise."
     return Answer(values, "" if args.quiet else text)
 
 
@@ -296,7 +292,7 @@ def info(args: argparse.Namespace) -> Answer:
         ("runs", f"{machine['path']['name']}; {machine['path']['reason']}"),
         ("Python", f"{machine['python']} on {machine['system']}"),
         ("CPU", f"{cpu['name']}: {threads}; bfloat16 instructions: {bf16}"),
-        ("memory", f"{_bytes(cpu['memory_bytes'])}, {_bytes(cpu['available_bytes'])} available"),
+        ("memory", f"{bytes_text(cpu['memory_bytes'])}, {bytes_text(cpu['available_bytes'])} available"),
         ("CUDA", f"torch built with {cuda['torch_built_with'] or 'none'}, driver {cuda['driver'] or 'none'}"),
     ]
     for d in cuda["devices"]:
@@ -304,7 +300,7 @@ def info(args: argparse.Namespace) -> Answer:
         rows.append(
             (
                 d["device"],
-                f"{d['name']}: sm_{d['compute_capability'].replace('.', '')}, {_bytes(d['memory_bytes'])}, {bf16}",
+                f"{d['name']}: sm_{d['compute_capability'].replace('.', '')}, {bytes_text(d['memory_bytes'])}, {bf16}",
             )
         )
     if not cuda["devices"]:

@@ -23,6 +23,7 @@ from .dit import ClipShape, KernelDiT, kernel_limits
 from .environment import KERNELS, REFERENCE, KernelPath
 from .errors import InputError, InsufficientMemory
 from .graph import GRAPH_BYTES, StepGraph, StepSpec
+from .memory_estimate import bytes_text
 from .packing import check_inputs
 from .reference.dit import DiT
 from .sampler import Latents, OnStep
@@ -89,8 +90,8 @@ class GraphPool:
         width, height = spec.shape.size
         took = graph.capture_seconds
         log.info(
-            "%s of %dx%d, %d latent frames: %.2f GiB of buffers%s",
-            *(stage, width, height, spec.shape.frames, needed / 2**30),
+            "%s of %dx%d, %d latent frames: %s of buffers%s",
+            *(stage, width, height, spec.shape.frames, bytes_text(needed)),
             "" if took is None else f", captured in {took:.2f} s",
         )
         return graph
@@ -112,8 +113,8 @@ def _too_large(dit: KernelDiT, spec: StepSpec, limit: int) -> str:
             fits = f"{frames} latent frames would fit at this size"
             break
     return (
-        f"size: a step of {width}x{height} with {shape.frames} latent frames needs {needed / 2**30:.2f} GiB of "
-        f"buffers, {max(limit, 0) / 2**30:.2f} GiB are free for them; {fits}"
+        f"size: a step of {width}x{height} with {shape.frames} latent frames needs {bytes_text(needed)} of "
+        f"buffers, {bytes_text(max(limit, 0))} are free for them; {fits}"
     )
 
 
@@ -174,8 +175,8 @@ class Engine:
                         raise InsufficientMemory(_too_large(dit, spec, self.limit))
                 if sum(sizes) > self.limit:
                     raise InsufficientMemory(
-                        f"sizes: expected captured steps of at most {self.limit / 2**30:.2f} GiB, these need "
-                        f"{sum(sizes) / 2**30:.2f} GiB together; each of them alone would fit"
+                        f"sizes: expected captured steps of at most {bytes_text(self.limit)}, these need "
+                        f"{bytes_text(sum(sizes))} together; each of them alone would fit"
                     )
             for stage, dit, spec in wanted:
                 self.pool.get(stage, dit, spec, self.limit)

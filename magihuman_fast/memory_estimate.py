@@ -5,6 +5,7 @@ The estimates name the tensors that live at the peak; what allocators, cuBLAS, c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +69,14 @@ def tensors_of(component: object) -> Iterator[torch.Tensor]:
 
     if component is not None:
         yield from found(vars(component))
+
+
+def bytes_text(count: int | None) -> str:
+    """For people: "4.7 GiB"."""
+    if count is None:
+        return "unknown"
+    power = min(int(math.log(count, 1024)) if count >= 1 else 0, 4)
+    return f"{count / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def activation_bytes(config: DiTConfig, tokens: int, itemsize: int = 2) -> int:

@@ -24,7 +24,14 @@ from .config import (
 from .dit import ClipShape
 from .errors import InsufficientMemory
 from .graph import GRAPH_BYTES, StepSpec
-from .memory_estimate import PRESET_SECONDS, PRESET_SIZE, Model, activation_bytes, decode_bytes
+from .memory_estimate import (
+    PRESET_SECONDS,
+    PRESET_SIZE,
+    Model,
+    activation_bytes,
+    bytes_text,
+    decode_bytes,
+)
 from .turbo_vae_config import TurboVAEConfig
 
 TextEncoderPlace = Literal["device", "cpu", "disk"]
@@ -137,11 +144,11 @@ def check_place(
 
 
 def _nothing_fits(plans: Sequence[MemoryPlan], preset: str, capacity: int | None) -> str:
-    needs = [f"{_gib(p.needed_bytes)} ({p.text_encoder})" for p in plans if p.preset == preset]
+    needs = [f"{bytes_text(p.needed_bytes)} ({p.text_encoder})" for p in plans if p.preset == preset]
     fitting = [f"{p.preset} ({p.text_encoder})" for p in plans if p.fits(capacity)]
     return (
         f"memory: expected room for {preset} by where the text encoder is kept, {', '.join(needs)}; "
-        f"{_gib(capacity or 0)} are free, in which would fit: {', '.join(fitting) or 'none of the presets'}"
+        f"{bytes_text(capacity or 0)} are free, in which would fit: {', '.join(fitting) or 'none of the presets'}"
     )
 
 
@@ -189,10 +196,7 @@ def check_request(
         longest = f"{(audio - 1) / FPS:.1f} s would fit at this size"
     width, height = shapes[-1].size
     raise InsufficientMemory(
-        f"size, seconds: {(shapes[0].audio - 1) / FPS:.1f} s of {width}x{height} need {_gib(max(step, decode))} beside "
-        f"the weights ({_gib(step)} for the steps, {_gib(decode)} to decode), {_gib(max(free, 0))} are free; {longest}"
+        f"size, seconds: {(shapes[0].audio - 1) / FPS:.1f} s of {width}x{height} need {bytes_text(max(step, decode))} "
+        f"beside the weights (steps {bytes_text(step)}, decoding {bytes_text(decode)}), "
+        f"{bytes_text(max(free, 0))} are free; {longest}"
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -350,21 +350,16 @@ class MagiHumanPipeline:
 
     def _measure(self) -> ModelSizes:
         """Bytes of what is loaded."""
-        models = {
-            dit: Model(dit.config, dit_bytes(dit.config, dit.dtype))
-            for dit in (self.dit, self.sr_dit)
-            if dit is not None
-        }
-        sr = {
-            name: models[self.sr_dit]
-            for name, known in SUPER_RESOLUTIONS.items()
-            if known == self.sr and self.sr_dit
-        }
+
+        def measured(dit: DiT) -> Model:
+            return Model(dit.config, dit_bytes(dit.config, dit.dtype))
+
+        presets = [name for name, known in SUPER_RESOLUTIONS.items() if known == self.sr]
         parts = (self.turbo_vae, self.audio_vae, self.image_encoder)
         return ModelSizes(
-            models[self.dit],
+            measured(self.dit),
             self.variant.guided,
-            sr,
+            {} if self.sr_dit is None else dict.fromkeys(presets, measured(self.sr_dit)),
             self.turbo_vae.config,
             sum(tensor.nbytes for tensor in tensors_of(self.text_encoder)),
             sum(tensor.nbytes for part in parts for tensor in tensors_of(part)),
@@ -388,7 +383,8 @@ class MagiHumanPipeline:
         """Refuse what does not fit; how much captured steps may take during which stage."""
         sizes, capacity = self._sizes, device_capacity(self.device, self.memory_limit)
         models: dict[Stage, Model] = {"denoise": sizes.first}
-        models |= {"super_resolution": model for model in sizes.super_resolution.values()}
+        for model in sizes.super_resolution.values():
+            models["super_resolution"] = model
         resident = self.text_encoder.device == self.device
         weights = sizes.other_bytes + sum(model.weight_bytes for model in models.values())
         weights += sizes.text_encoder_bytes if resident else 0

@@ -1,4 +1,4 @@
-"""The shell command `magihuman-fast`: generate, check, synth and info.
+"""The shell command `magihuman-fast`: generate, check, synth, bench and info.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad request, 3 bad checkpoint,
 4 cannot write, 130 interrupted. What the commands do is in `commands`, imported when one is run.
@@ -146,6 +146,14 @@ def _models(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _presets(text: str) -> list[str]:
+    known = ["256p", *SUPER_RESOLUTIONS]
+    names = [name.strip() for name in text.split(",")]
+    if not all(name in known for name in names):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
@@ -240,6 +248,37 @@ examples:
     )
     synth.add_argument("--seed", type=int, default=0, metavar="N", help="of all weights (default: 0)")
     synth.add_argument("--force", action="store_true", help="write although the folder is not empty")
+
+    bench = _command(
+        commands,
+        "bench",
+        "how long everything takes on this machine",
+        f"""Cold start of a fresh process, each stage of a warm clip, and PyTorch's compiler on the same weights.
+Weights are random unless --model names some. Without a GPU this times the reference path on toy sizes.
+
+examples:
+  {PROGRAM} bench
+  {PROGRAM} bench --presets 256p,1080p --json""",
+    )
+    add = bench.add_argument
+    add("--model", type=Path, metavar="DIR", help="a checkpoint (default: random weights)")
+    add(
+        "--presets",
+        type=_presets,
+        metavar="NAMES",
+        help="of 256p,540p,1080p (default: 256p)",
+        default=["256p"],
+    )
+    add(
+        "--size",
+        choices=("tiny", "small", "full"),
+        help="of random weights (default: full on a GPU, else tiny)",
+    )
+    add("--variant", choices=[*VARIANTS], default="distill", help="first-stage model (default: distill)")
+    add("--runs", type=int, default=3, metavar="N", help="warm clips to take the median of (default: 3)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--no-baseline", action="store_true", help="without the compiled reference path")
+    add("--no-cold", action="store_true", help="without the fresh process")
 
     _command(
         commands,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import media
+from . import benchmark, media
 from .checkpoint_check import CheckReport, check_checkpoint
 from .config import IMAGE_VAE_FOLDER, SUPER_RESOLUTIONS, VARIANTS
 from .environment import available_memory, cpu_bf16_instructions, cuda_devices, describe_machine
@@ -175,10 +175,10 @@ def timing_table(timings: dict[str, float], load_seconds: float | None = None) -
     rows += [
         (stage, f"{seconds:.2f}", f"{100 * seconds / total:.0f} %") for stage, seconds in timings.items()
     ]
-    return _table(("stage", "seconds", "share"), rows)
+    return table(("stage", "seconds", "share"), rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns two spaces apart; the first is left-aligned, the others right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -236,7 +236,7 @@ def _check_text(report: CheckReport, precision: str, quiet: bool) -> str:
             "",
             f"memory for 5 seconds in {precision}, estimated (weights and the larger of the two stages):",
         ]
-        lines += [_table(header, rows)]
+        lines += [table(header, rows)]
         lines += [f"{memory.preset}: {memory.note}" for memory in report.memory if memory.note]
         here = [f"{bytes_text(d['memory_bytes'])} on {d['device']} ({d['name']})" for d in cuda_devices()]
         lines.append("here: " + ", ".join([*here, f"{bytes_text(available_memory())} available to the CPU"]))
@@ -279,6 +279,24 @@ def synth(args: argparse.Namespace) -> Answer:
     text = f"wrote {bytes_text(written)} to {folder}. "
     text += "The weights are random: pictures and sound made with them are noise."
     return Answer(values, "" if args.quiet else text)
+
+
+def bench(args: argparse.Namespace) -> Answer:
+    """Time a cold start and warm clips."""
+    on_gpu = resolve_device(args.device).type == "cuda"
+    size = args.size or ("full" if on_gpu else "tiny")
+    options = {"model": args.model, "size": size, "variant": args.variant, "runs": args.runs}
+    setting = benchmark.Setting(
+        tuple(args.presets),
+        device=args.device,
+        baseline=not args.no_baseline,
+        cold=not args.no_cold,
+        **options,
+    )
+    record = benchmark.run(setting, lambda text: None if args.quiet else print(text, file=sys.stderr))
+    header, *rows = benchmark.rows(record)
+    text = "\n".join([table(header, rows), "", *benchmark.notes(record)])
+    return Answer(record, "" if args.quiet else text.rstrip())
 
 
 def info(args: argparse.Namespace) -> Answer:

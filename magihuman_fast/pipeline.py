@@ -163,6 +163,7 @@ class MagiHumanPipeline:
         seconds: float = 5,
         steps: int | None = None,
         sr_guidance: bool = False,
+        sr_size: tuple[int, int] | None = None,
     ) -> None:
         """Make everything ready for clips of these first-stage (width, height) in pixels, so that no request waits.
 
@@ -174,7 +175,7 @@ class MagiHumanPipeline:
         """
         keys: list[tuple[Stage, StepSpec]] = []
         for width, height in sizes:
-            request = check_arguments(self.variant, self.sr, seconds, width, height, 0, steps, None, None)
+            request = check_arguments(self.variant, self.sr, seconds, width, height, 0, steps, None, sr_size)
             keys += self._steps(request, config.audio_latents(seconds), sr_guidance)
             self._reserve(keys[-2:] if self.sr is not None else keys[-1:])
         self.engine.setup(keys)

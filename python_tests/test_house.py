@@ -45,6 +45,7 @@ IMPORT_ORDER = (
     ("loading",),
     ("pipeline",),
     ("synthetic", "checkpoint_check"),
+    ("benchmark",),
     ("commands",),
     ("cli",),
     ("__main__",),

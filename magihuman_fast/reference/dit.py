@@ -290,13 +290,24 @@ class DiT:
         self, index: int, x: torch.Tensor, tokens: PackedTokens, windows: list[WindowRange] | None = None
     ) -> None:
         """Run one layer, updating the residual stream x (L, hidden) float32 in place."""
-        x += self._attend(index, x, tokens, windows)
-        x += self._mlp(index, x, tokens.offsets)
+        self.apply_layer(self.layers[index], self.config.is_gelu(index), x, tokens, windows)
+
+    def apply_layer(
+        self,
+        w: LayerWeights,
+        gelu: bool,
+        x: torch.Tensor,
+        tokens: PackedTokens,
+        windows: list[WindowRange] | None = None,
+    ) -> None:
+        """`layer` with its weights as an argument: what a compiler compiles once for every kind of layer."""
+        x += self._attend(w, x, tokens, windows)
+        x += self._mlp(w, gelu, x, tokens.offsets)
 
     def _attend(
-        self, index: int, x: torch.Tensor, tokens: PackedTokens, windows: list[WindowRange] | None
+        self, w: LayerWeights, x: torch.Tensor, tokens: PackedTokens, windows: list[WindowRange] | None
     ) -> torch.Tensor:
-        c, w, offsets = self.config, self.layers[index], tokens.offsets
+        c, offsets = self.config, tokens.offsets
         h = rms_norm(x, w.attn_norm, offsets).to(self.dtype)
         qkvg = grouped_linear(h, w.qkvg, offsets)
         q, k, v, gate = qkvg.split(
@@ -309,8 +320,8 @@ class DiT:
         o = o.float().mul_(torch.sigmoid(gate.float()).unsqueeze(-1)).to(self.dtype)
         return grouped_linear(o.flatten(1), w.proj, offsets)
 
-    def _mlp(self, index: int, x: torch.Tensor, offsets: Offsets) -> torch.Tensor:
-        w, activation = self.layers[index], gelu7 if self.config.is_gelu(index) else swiglu7
+    def _mlp(self, w: LayerWeights, gelu: bool, x: torch.Tensor, offsets: Offsets) -> torch.Tensor:
+        activation = gelu7 if gelu else swiglu7
         h = rms_norm(x, w.mlp_norm, offsets).to(self.dtype)
         return grouped_linear(activation(grouped_linear(h, w.up_gate, offsets)), w.down, offsets)
 

@@ -1,0 +1,133 @@
+"""The benchmarks of the engine at a toy size: what they count, what they measure, what they print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench_e2e
+import bench_step
+from bench_step import KINDS, TINY, Launch, Timed, paired, step_launches, toy_spec
+from magihuman_fast import InputError, benchmark, cli
+from magihuman_fast.config import DiTConfig
+from magihuman_fast.dit import KernelDiT
+from magihuman_fast.graph import StepGraph
+from magihuman_fast.reference.dit import windowed_layers
+from magihuman_fast.synthetic.device import random_dit, random_pipeline
+from numerics import rel_err
+from timing import Ceilings
+from workload import CLIPS, step_attention_flops
+
+SECOND = Ceilings(copy_bytes=1.0, bf16_flops=1.0, note="of a test")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_are_those_of_a_step(kind: str) -> None:
+    """In order, and nothing else: what the profiler sees is paired with them by position."""
+    spec = dataclasses.replace(toy_spec(kind), frame_window=1)
+    config = dataclasses.replace(TINY.config, local_attn_layers=(1,))
+    graph = StepGraph(KernelDiT(random_dit(config, device="cpu"), backend="reference"), spec)
+    bench_step.begin(graph, TINY.clip)
+    seen: list[tuple[str, float, float]] = []
+    where, norm = torch.where, bench_step.ops.rms_norm
+    with bench_step.recorded(seen):
+        graph.replay()
+    assert torch.where is where
+    assert bench_step.ops.rms_norm is norm
+    timed = paired(step_launches(config, TINY.clip, spec), seen)
+    assert all(t.seconds > 0 and t.gap >= 0 for t in timed)
+    for wrong in (seen[1:], [*seen[:2], seen[3], seen[2], *seen[4:]]):
+        with pytest.raises(ValueError, match=r"step: expected .* the profiler saw"):
+            paired(step_launches(config, TINY.clip, spec), wrong)
+
+
+@pytest.mark.parametrize(("clip", "flops"), [("256p", 103.5e12), ("540p", 600e12), ("1080p", 3838e12)])
+def test_work_of_a_step(clip: str, flops: float) -> None:
+    """The model's known totals, less what the last layer leaves out."""
+    config = DiTConfig()
+    if clip == "1080p":
+        config = dataclasses.replace(config, local_attn_layers=windowed_layers(40))
+    launches = step_launches(config, CLIPS[clip], bench_step.spec_of(clip))
+    assert len(launches) == 1 + 2 + 7 * 40 + 4 + 1
+    total = sum(launch.flops for launch in launches)
+    assert 0.985 * flops < total < 1.01 * flops
+    attention = sum(launch.flops for launch in launches if launch.op == "gated_attention")
+    window = 11 if clip == "1080p" else None
+    assert 0.99 <= attention / step_attention_flops(config, CLIPS[clip], window) <= 1
+
+
+def test_table_of_a_step() -> None:
+    long, short = Launch("gemm", "1 x 1", 3, 1), Launch("rms_norm", "2 rows", 0, 2)
+    lines = bench_step.table([Timed(short, 2.0, 0.0), Timed(long, 7.0, 1.0), Timed(short, 4.0, 1.0)], SECOND)
+    assert lines[1].split()[:2] == ["gemm", "(1"]
+    assert lines[2].split()[3] == "2"  # two norms together
+    assert lines[-1].startswith("step: 15000.000 ms, floor 7000.000 ms, gaps 13.3 % of it; 3 launches")
+
+
+def test_step_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert bench_step.main(["--out", str(tmp_path / "step.json")]) == 0
+    out = capsys.readouterr().out
+    assert "no figures of the model" in out
+    assert "gaps" in out
+    assert len(json.loads((tmp_path / "step.json").read_text())["launches"]) == 29
+
+
+def test_whole_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Both stages, the baseline and the fresh process, on toys; its record, table and picture."""
+    path = tmp_path / "e2e.json"
+    assert bench_e2e.main(["--presets", "540p", "--runs", "1", "--out", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "no figures of the model" in out
+    record = json.loads(path.read_text())
+    assert record["toy"]
+    assert [m["preset"] for m in record["warm"]] == ["540p", "540p"]
+    assert [m["reason"] == "baseline" for m in record["warm"]] == [False, True]
+    for m in record["warm"]:
+        assert set(m["stages"]) == {"text", "denoise", "super_resolution", "decode", "sound", "total"}
+        assert 0 < m["after_text"] <= m["stages"]["total"]
+    for parts in record["cold"].values():
+        names = ["interpreter", "import", "load", "set-up", "first frames"]
+        assert list(parts) == [*names, "total"]
+        assert all(seconds >= 0 for seconds in parts.values())
+        assert abs(sum(parts[name] for name in names) - parts["total"]) < 1e-6
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert "target on an H200" in out
+    bench_e2e.main(["--plot-only", str(path)])
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--no-cold", "--no-baseline", "--runs", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [m["preset"] for m in record["warm"]] == ["256p"]
+    assert cli.main(["bench", "--presets", "720p"]) == 2
+    assert "expected some of 256p,540p,1080p" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"runs: expected a positive integer, got 0"):
+        benchmark.Setting(runs=0)
+
+
+def test_baseline_computes_what_the_pipeline_does() -> None:
+    """The baseline runs on the kernels' weights, packed, and leaves the model as it was."""
+    request: dict[str, Any] = {**benchmark.TOY, "sr_steps": 1, "sr_size": (64, 96)}
+    pipe = random_pipeline("tiny", sr="1080p", backend="reference")
+    result = pipe("Hello there.", **request)
+    with benchmark.compiled_reference(pipe) as plain:
+        assert "apply_layer" in vars(pipe.dit)
+        baseline = plain("Hello there.", **request)
+    assert "apply_layer" not in vars(pipe.dit)
+    got, ref = (torch.from_numpy(r.frames).double() for r in (baseline, result))
+    assert rel_err(got, ref) < 0.05
+
+
+def test_weights_are_drawn_as_the_files_are() -> None:
+    """Equal seeds, equal weights; scales as the synthetic checkpoints have them."""
+    config = TINY.config
+    first, again, other = (random_dit(config, device="cpu", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.layers[1].down, again.layers[1].down)
+    assert not torch.equal(first.layers[1].down, other.layers[1].down)
+    assert abs(float(first.layers[1].qkvg.float().std()) * 256**0.5 - 1) < 0.02
+    assert abs(float(first.layers[0].attn_norm.std()) / 0.1 - 1) < 0.1

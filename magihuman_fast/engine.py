@@ -154,7 +154,6 @@ class Engine:
             self._kernels = {stage: KernelDiT(model, backend=backend) for stage, model in models.items()}
         self.pool = GraphPool()
         self._lock = threading.RLock()
-        self._idle: torch.cuda.Event | None = None
         level = logging.WARNING if backend is None and dit.device.type == "cuda" else logging.INFO
         log.log(level, "the models run on the %s: %s", self.path.name, self.path.reason)
 
@@ -293,7 +292,7 @@ class Engine:
         sampler.check_latents(dit.device, video, audio, data["image_latent"])
         for text in texts:
             check_inputs(video, audio, text, dit.device, dit.config.token_channels)
-        with self._lock, self._in_turn():
+        with self._in_turn():
             graph = self.pool.get(stage, dit, spec, self.limit)
             graph.begin(video, audio, texts, **data)
             _replay(graph, len(data["sigmas"]) - 1, on_step)
@@ -301,18 +300,13 @@ class Engine:
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:
-        """Order the device's work too: a run's buffers are free when the run before has left them, on any stream."""
-        if self.device.type != "cuda":
-            yield
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if self._idle is not None:
-            stream.wait_event(self._idle)
-        try:
-            yield
-        finally:
-            self._idle = torch.cuda.Event()
-            self._idle.record(stream)
+        """One run at a time, on whatever stream: its buffers are free when it is left, also by an exception."""
+        with self._lock:
+            try:
+                yield
+            finally:
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
 
 
 def _shape(video: torch.Tensor, audio: torch.Tensor) -> ClipShape:
@@ -323,8 +317,8 @@ def _shape(video: torch.Tensor, audio: torch.Tensor) -> ClipShape:
 def _replay(graph: StepGraph, steps: int, on_step: OnStep | None) -> None:
     """Take `steps` steps, each told to `on_step` when it is done; what that raises ends the run.
 
-    On a GPU one step is queued ahead of the one that is waited for: the device never waits for the host, and after an
-    end no more than that one step still runs.
+    On a GPU one step is queued ahead of the one that is waited for: the device never waits for the host, and an end
+    waits for no more than that one step.
     """
     on_gpu, done = graph.dit.device.type == "cuda", []
     for i in range(steps):

@@ -152,15 +152,17 @@ def _nothing_fits(plans: Sequence[MemoryPlan], preset: str, capacity: int | None
     )
 
 
-def device_capacity(device: torch.device, limit: int | None = None) -> int | None:
-    """Bytes that this process may use on `device`, what it uses already included; None where nothing limits it.
+def device_capacity(device: torch.device, limit: int | None = None, held: int = 0) -> int | None:
+    """Bytes that a pipeline may use on `device`, the `held` that it uses already included; None: no limit.
 
-    On a GPU that is what is free or held by torch, less a reserve; `limit` lowers it. On a CPU there is only `limit`.
+    On a GPU that is what is free, or kept but unused by torch, less a reserve; `limit` lowers it. On a CPU there is
+    only `limit`.
     """
     if device.type != "cuda":
         return limit
     free, _ = torch.cuda.mem_get_info(device)
-    capacity = free + torch.cuda.memory_reserved(device) - RESERVE_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    capacity = free + unused + held - RESERVE_BYTES
     return capacity if limit is None else min(capacity, limit)
 
 

@@ -382,13 +382,14 @@ class MagiHumanPipeline:
 
     def _reserve(self, keys: Sequence[tuple[Stage, StepSpec]]) -> _Room:
         """Refuse what does not fit; how much captured steps may take during which stage."""
-        sizes, capacity = self._sizes, device_capacity(self.device, self.memory_limit)
+        sizes = self._sizes
         models: dict[Stage, Model] = {"denoise": sizes.first}
         for model in sizes.super_resolution.values():
             models["super_resolution"] = model
-        resident = self.text_encoder.device == self.device
         weights = sizes.other_bytes + sum(model.weight_bytes for model in models.values())
-        weights += sizes.text_encoder_bytes if resident else 0
+        if self.text_encoder.device == self.device:
+            weights += sizes.text_encoder_bytes
+        capacity = device_capacity(self.device, self.memory_limit, weights + self.engine.pool.nbytes)
         decode = check_request(sizes, [(models[stage], spec) for stage, spec in keys], weights, capacity)
         if capacity is None:
             return _Room(None, None)

@@ -62,6 +62,10 @@ class Records:
         self.add("error", {"op": op, "shape": shape, "variant": variant, "error": text})
 
 
+# Tests of whole models, which run after those of single kernels.
+WHOLE_MODELS = ("test_kernel_dit", "test_step_graph", "test_engine", "test_engine_gpu")
+
+
 @dataclass(frozen=True)
 class Part:
     """One part: what it does in words, the seconds it may take, and the function that does it."""
@@ -137,9 +141,11 @@ def gpu_tests(records: Records, dry: bool) -> None:
     """Run every test marked `gpu`."""
     files = [
         path
-        for path in sorted((ROOT / "python_tests").glob("test_*.py"))
+        for path in (ROOT / "python_tests").glob("test_*.py")
         if re.search(r"\bmark\.gpu\b|\bBACKENDS\b", path.read_text(encoding="utf-8"))
     ]
+    # Single kernels before what is made of them: a wrong one is named by its own test.
+    files.sort(key=lambda path: (path.stem in WHOLE_MODELS, path))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
         # Names first, and few failures: after a hang or an illegal access the last name says which kernel it was,
@@ -151,6 +157,17 @@ def gpu_tests(records: Records, dry: bool) -> None:
         code = command(records, [*words, f"--junitxml={report}"], False)
         if report.is_file():
             records.add("fact", {"tests": read_junit(report)})
+    if code:
+        raise SystemExit(code)
+
+
+def whole(script: str, options: Sequence[str], records: Records, dry: bool) -> None:
+    """Run a benchmark script of whole steps or clips and keep what it wrote; in a dry run it takes its toy."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        code = command(records, [sys.executable, BENCH / script, *options, "--out", out], False)
+        if out.is_file():
+            records.add("fact", {Path(script).stem: json.loads(out.read_text(encoding="utf-8"))})
     if code:
         raise SystemExit(code)
 
@@ -269,6 +286,8 @@ PARTS = {
         timed_part("windowed", "1080p", 150),
         timed_part("decoder", "256p", 180),
         Part("decoder-quality", "error, PSNR and memory of the decoder", 120, decoder_quality),
+        Part("step", "one step of 256p, kernel by kernel", 120, partial(whole, "bench_step.py", ())),
+        Part("clips", "whole clips of 256p", 240, partial(whole, "bench_e2e.py", ("--presets", "256p"))),
         timed_part("pointwise", "256p", 90),
         timed_part("libraries", "256p", 240),
         timed_part("products", "540p", 240),

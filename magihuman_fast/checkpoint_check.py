@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from .config import (
     is_layer_linear,
 )
 from .diffusers_vae import WEIGHTS_FILE, find_diffusers_folder
+from .dit import kernel_limits
 from .errors import CheckpointError, InputError
 from .image_encoder import PUBLISHED_FILE, ImageEncoder
-from .memory_estimate import Model, PresetMemory, preset_memory, tensors_of
+from .memory_estimate import Model, tensors_of
+from .memory_plan import MemoryPlan, ModelSizes, memory_plan
 from .reference.dit import config_from_shapes, rope_bands
 from .reference.turbo_vae import CHECKPOINT_NAME, CONFIG_NAME, TurboVAE
 from .text_encoder import TextEncoder
@@ -72,7 +74,7 @@ class CheckReport:
 
     root: Path
     components: list[ComponentReport]
-    memory: list[PresetMemory]
+    memory: list[MemoryPlan]  # on the kernels in bfloat16, and on the reference path
 
     @property
     def ok(self) -> bool:
@@ -82,7 +84,9 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         components = [asdict(c) | {"path": str(c.path), "status": c.status} for c in self.components]
-        memory = [asdict(m) | {"total_bytes": m.total_bytes} for m in self.memory]
+        memory = [
+            asdict(m) | {"needed_bytes": m.needed_bytes, "kept_bytes": m.kept_bytes} for m in self.memory
+        ]
         return {"root": str(self.root), "ok": self.ok, "components": components, "memory": memory}
 
 
@@ -127,22 +131,28 @@ def check_checkpoint(
                 f"reads text encodings of width {dit.text_in_channels}, but {text.path} gives {width}"
             )
     others = [turbo, text, image, audio]
-    memory = []
+    memory: list[MemoryPlan] = []
     models = {
         name: Model(dit, report.memory_bytes) for name, (report, dit) in dits.items() if dit is not None
     }
     if turbo_config is not None and VARIANTS[variant].folder in models:
-        memory = preset_memory(
+        sizes = ModelSizes(
             models[VARIANTS[variant].folder],
+            VARIANTS[variant].guided,
             {
                 name: models[model.folder]
                 for name, model in SUPER_RESOLUTIONS.items()
                 if model.folder in models
             },
             turbo_config,
-            sum(report.memory_bytes for report in others),
+            text.memory_bytes,
+            sum(report.memory_bytes for report in (turbo, image, audio)),
             dtype.itemsize,
+            kernels=False,
         )
+        memory = memory_plan(sizes)
+        if kernel_limits(sizes.first.config, dtype) is None:
+            memory = [*memory_plan(replace(sizes, kernels=True)), *memory]
     return CheckReport(root, [*(report for report, _ in dits.values()), *others], memory)
 
 

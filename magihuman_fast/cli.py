@@ -213,6 +213,13 @@ the published weights (DIR is a folder of yours; all of the first repository is 
         help="guide super-resolution: two forwards a step instead of one",
     )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add(
+        "--text-encoder-on",
+        choices=("auto", "device", "cpu", "disk"),
+        default="auto",
+        help="where the text encoder is between prompts (default: the device if there is room, else the CPU)",
+    )
+    add("--reference", action="store_true", help="the PyTorch path even where the kernels would run")
     _add_components(generate)
 
     check = _command(

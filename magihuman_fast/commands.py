@@ -78,8 +78,10 @@ def generate(args: argparse.Namespace) -> Answer:
             device=args.device,
             precision=args.precision,
             text_encoder=args.text_encoder,
+            text_encoder_on=args.text_encoder_on,
             image_vae=args.image_vae,
             audio_vae=args.audio_vae,
+            kernels=False if args.reference else None,
             on_load=progress,
         )
     load_seconds = time.perf_counter() - start
@@ -103,6 +105,7 @@ def generate(args: argparse.Namespace) -> Answer:
         "sample_rate": result.sample_rate,
         "seed": result.seed,
         "device": str(pipe.device),
+        "path": pipe.engine.path.name,
         "precision": args.precision,
         "variant": args.variant,
         "sr": args.sr,
@@ -221,23 +224,35 @@ def _check_text(report: CheckReport, precision: str, quiet: bool) -> str:
     if report.memory and not quiet:
         rows = [
             (
-                memory.preset,
-                "x".join(map(str, memory.size)),
-                str(memory.tokens),
+                f"{m.preset} {m.size[0]}x{m.size[1]}",
+                "kernels" if m.kernels else "reference",
+                m.text_encoder,
+                str(m.tokens),
                 *map(
-                    bytes_text,
-                    (memory.weight_bytes, memory.denoise_bytes, memory.decode_bytes, memory.total_bytes),
+                    bytes_text, (m.weight_bytes, m.step_bytes, m.decode_bytes, m.needed_bytes, m.kept_bytes)
                 ),
             )
-            for memory in report.memory
+            for m in report.memory
+            if m.text_encoder != "disk"  # which needs no less than "cpu"
         ]
-        header = ("preset", "size", "tokens", "weights", "denoising", "decoding", "needed")
+        header = (
+            "preset",
+            "path",
+            "text encoder",
+            "tokens",
+            "weights",
+            "steps",
+            "decoding",
+            "needed",
+            "all kept",
+        )
         lines += [
             "",
-            f"memory for 5 seconds in {precision}, estimated (weights and the larger of the two stages):",
+            f"memory for 5 seconds in {precision}, estimated: needed are the weights and the larger of steps and",
+            "decoding; with room for both, captured steps stay where they are while frames are decoded.",
+            table(header, rows),
         ]
-        lines += [table(header, rows)]
-        lines += [f"{memory.preset}: {memory.note}" for memory in report.memory if memory.note]
+        lines += dict.fromkeys(f"{m.preset}: {m.note}" for m in report.memory if m.note)
         here = [f"{bytes_text(d['memory_bytes'])} on {d['device']} ({d['name']})" for d in cuda_devices()]
         lines.append("here: " + ", ".join([*here, f"{bytes_text(available_memory())} available to the CPU"]))
     verdict = "ok: everything needed is there" if report.ok else "not usable: see the components above"

@@ -12,21 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .config import (
-    MAX_TEXT_TOKENS,
-    SIZE_STEP,
-    SUPER_RESOLUTIONS,
-    VAE_STRIDE,
-    VAE_TIME_STRIDE,
-    DiTConfig,
-    audio_latents,
-    latent_frames,
-    super_resolution_size,
-)
+from .config import VAE_STRIDE, VAE_TIME_STRIDE, DiTConfig
 from .turbo_vae_config import TurboVAEConfig
-
-PRESET_SECONDS = 5
-PRESET_SIZE = (448, 256)  # width, height of the first stage
 
 
 @dataclass(frozen=True)
@@ -35,23 +22,6 @@ class Model:
 
     config: DiTConfig
     weight_bytes: int
-
-
-@dataclass(frozen=True)
-class PresetMemory:
-    """Memory that one preset of 5 s needs: all weights stay resident, activations are those of the largest stage."""
-
-    preset: str
-    size: tuple[int, int]  # width, height in pixels
-    tokens: int  # of the largest stage, with the longest prompt
-    weight_bytes: int
-    denoise_bytes: int
-    decode_bytes: int
-    note: str = ""
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + max(self.denoise_bytes, self.decode_bytes)
 
 
 def tensors_of(component: object) -> Iterator[torch.Tensor]:
@@ -117,44 +87,3 @@ def decode_bytes(config: TurboVAEConfig, size: tuple[int, int], frames: int, ite
         largest = max(largest, block.out_channels * voxels)
     window = max((3 * itemsize + 4) * largest, (2 * itemsize + 8) * config.conv_out_channels * voxels)
     return window + 3 * width * height * (VAE_TIME_STRIDE * (frames - 1) + 1)
-
-
-def preset_memory(
-    first_stage: Model,
-    super_resolution: dict[str, Model],
-    turbo_vae: TurboVAEConfig,
-    other_bytes: int,
-    itemsize: int = 2,
-) -> list[PresetMemory]:
-    """Memory of the first stage alone ("256p") and with each super-resolution model, by the name of its preset.
-
-    A super-resolution model that is not given counts as large as the first stage's. `other_bytes` are the weights of
-    all other components; `itemsize` is that of the layer linears and of the decoder's activations.
-    """
-    audio = audio_latents(PRESET_SECONDS)
-    frames = latent_frames(audio)
-
-    def tokens(size: tuple[int, int]) -> int:
-        return frames * (size[0] // SIZE_STEP) * (size[1] // SIZE_STEP) + audio + MAX_TEXT_TOKENS
-
-    denoise = activation_bytes(first_stage.config, tokens(PRESET_SIZE), itemsize)
-    decode = decode_bytes(turbo_vae, PRESET_SIZE, frames, itemsize)
-    weights = first_stage.weight_bytes + other_bytes
-    presets = [PresetMemory("256p", PRESET_SIZE, tokens(PRESET_SIZE), weights, denoise, decode)]
-    for name, sr in SUPER_RESOLUTIONS.items():
-        model = super_resolution.get(name, first_stage)
-        size = super_resolution_size(*PRESET_SIZE, sr)
-        presets.append(
-            PresetMemory(
-                name,
-                size,
-                tokens(size),
-                weights + model.weight_bytes,
-                max(denoise, activation_bytes(model.config, tokens(size), itemsize)),
-                decode_bytes(turbo_vae, size, frames, itemsize),
-                ""
-                if name in super_resolution
-                else f"{sr.folder} not there: counted as large as the first stage",
-            )
-        )
-    return presets

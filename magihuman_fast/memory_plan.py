@@ -25,8 +25,6 @@ from .dit import ClipShape
 from .errors import InsufficientMemory
 from .graph import GRAPH_BYTES, StepSpec
 from .memory_estimate import (
-    PRESET_SECONDS,
-    PRESET_SIZE,
     Model,
     activation_bytes,
     bytes_text,
@@ -37,6 +35,8 @@ from .turbo_vae_config import TurboVAEConfig
 TextEncoderPlace = Literal["device", "cpu", "disk"]
 """Where the text encoder is between two prompts. From "disk" it is loaded onto the device for each new prompt."""
 PLACES: tuple[TextEncoderPlace, ...] = get_args(TextEncoderPlace)
+PRESET_SECONDS = 5
+PRESET_SIZE = (448, 256)  # width, height of the first stage
 # Of a GPU's free memory this much is left alone: libraries' workspaces, the sound's decode, fragments.
 RESERVE_BYTES = 1 << 30
 
@@ -61,11 +61,14 @@ class MemoryPlan:
 
     preset: str
     size: tuple[int, int]  # width, height in pixels
+    tokens: int  # of the largest stage, with the longest prompt
+    kernels: bool  # or the reference path
     text_encoder: TextEncoderPlace
     weight_bytes: int  # of what stays
     step_bytes: int  # captured steps of all stages, or on the reference path the largest stage's activations
     decode_bytes: int
     text_bytes: int  # of a text encoder that is there only while it encodes
+    note: str = ""
 
     @property
     def needed_bytes(self) -> int:
@@ -73,7 +76,9 @@ class MemoryPlan:
 
     @property
     def kept_bytes(self) -> int:
-        """What lets captured steps stay where they are while frames are decoded."""
+        """What lets captured steps stay where they are while frames are decoded; the reference path has none."""
+        if not self.kernels:
+            return self.needed_bytes
         return self.weight_bytes + self.step_bytes + max(self.decode_bytes, self.text_bytes)
 
     def fits(self, capacity: int | None) -> bool:
@@ -107,17 +112,26 @@ def memory_plan(sizes: ModelSizes, seconds: float = PRESET_SECONDS) -> list[Memo
     for name, shape, stages in presets:
         weights = sizes.other_bytes + sum(model.weight_bytes for model, _ in stages)
         decode = decode_bytes(sizes.turbo_vae, shape.size, shape.frames, sizes.itemsize)
+        absent = name in SUPER_RESOLUTIONS and name not in sizes.super_resolution
+        note = (
+            f"{SUPER_RESOLUTIONS[name].folder} not there: counted as large as the first stage"
+            if absent
+            else ""
+        )
         for place in PLACES:
             text = sizes.text_encoder_bytes
             plans.append(
                 MemoryPlan(
                     name,
                     shape.size,
+                    shape.rows,
+                    sizes.kernels,
                     place,
                     weights + (text if place == "device" else 0),
                     stage_bytes(sizes, stages),
                     decode,
                     text if place == "disk" else 0,
+                    note,
                 )
             )
     return plans

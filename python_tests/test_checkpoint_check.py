@@ -109,15 +109,20 @@ def test_sound_checkpoint(complete: Path) -> None:
 
 
 def test_memory_grows_with_the_preset(root: Path) -> None:
-    memory = check_checkpoint(root).memory
-    assert [(m.preset, m.size, m.tokens) for m in memory] == [
-        ("256p", (448, 256), 3584 + 126 + 640),
-        ("540p", (960, 544), 16320 + 126 + 640),
-        ("1080p", (1920, 1088), 65280 + 126 + 640),
-    ]
-    assert memory[0].total_bytes < memory[1].total_bytes < memory[2].total_bytes
-    assert memory[1].weight_bytes > memory[0].weight_bytes
-    assert "540p_sr not there" in memory[1].note
+    report = check_checkpoint(root)
+    for kernels in (False, True):
+        memory = [m for m in report.memory if m.kernels == kernels and m.text_encoder == "device"]
+        assert [(m.preset, m.size, m.tokens) for m in memory] == [
+            ("256p", (448, 256), 3584 + 126 + 640),
+            ("540p", (960, 544), 16320 + 126 + 640),
+            ("1080p", (1920, 1088), 65280 + 126 + 640),
+        ]
+        assert memory[0].needed_bytes < memory[1].needed_bytes < memory[2].needed_bytes
+        assert memory[1].weight_bytes > memory[0].weight_bytes
+        assert "540p_sr not there" in memory[1].note
+    assert {m.text_encoder for m in report.memory} == {"device", "cpu", "disk"}
+    # In float32 there is only the reference path.
+    assert not any(m.kernels for m in check_checkpoint(root, precision="fp32").memory)
 
 
 def test_missing_and_truncated_shards_are_all_named(root: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -317,7 +318,8 @@ def test_check(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     code, out, err = run("check", tiny_checkpoint, "--sr", "1080p")
     assert (code, err) == (0, "")
     assert "ok      distill" in out
-    assert "1080p   1920x1088   66046" in out
+    for path in ("kernels", "reference"):
+        assert re.search(rf"1080p 1920x1088 +{path} +device +66046 ", out)
     assert out.endswith("ok: everything needed is there\n")
     shutil.copytree(tiny_checkpoint / "distill", tmp_path / "distill", copy_function=os.link)
     (tmp_path / "distill" / "model-00002-of-00013.safetensors").unlink()

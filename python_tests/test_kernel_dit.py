@@ -116,8 +116,11 @@ def test_the_last_layer_computes_no_text(backend: ops.Backend) -> None:
     rows = slice(shape.first_text, shape.first_text + len(text))
     for i in range(CONFIG.num_layers):
         before = a.x.clone()
+        normed = ops.rms_norm(a.x, dit.layers[i].attn_norm, modality_offsets=prompt.offsets, backend=backend)
         dit.layer(i, a, prompt, shape, None)
-        assert torch.equal(a.x[rows], before[rows]) == (i == CONFIG.num_layers - 1)
+        is_last = i == CONFIG.num_layers - 1
+        assert torch.equal(a.x[rows], before[rows]) == is_last
+        assert torch.equal(a.h[rows], normed[rows]) == is_last  # nor is their attention
         assert not torch.equal(a.x[: rows.start], before[: rows.start])
         assert a.x[: rows.stop].isfinite().all()
         assert a.x[rows.stop :].isnan().all()

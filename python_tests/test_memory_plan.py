@@ -91,6 +91,8 @@ def test_requests_are_refused_with_what_would_fit() -> None:
     decode = decode_bytes(SIZES.turbo_vae, size, 32)
     assert check_request(SIZES, request_of(5, size), weights, None) == decode
     assert check_request(SIZES, request_of(5, size), weights, weights + decode) == decode
+    with pytest.raises(InsufficientMemory, match=r"size, seconds: 5.0 s of 1920x1088 need"):
+        check_request(SIZES, request_of(5, size), weights, weights + decode - 1)
     message = r"size, seconds: 60.0 s of 1920x1088 need .* are free; (\d+.\d) s would fit at this size"
     with pytest.raises(InsufficientMemory, match=message) as refused:
         check_request(SIZES, request_of(60, size), weights, weights + 30 * GIB)

@@ -108,6 +108,7 @@ def test_memory(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = spec.nbytes(pipe.dit.config) + GRAPH_BYTES
     pipe.memory_limit = weights + step
     first = pipe("Hello.", **SMALL)
+    assert pipe.engine.limit == step
     assert pipe.engine.pool.nbytes <= step
     with monkeypatch.context() as patch:
         patch.setattr(StepGraph, "__init__", lambda *args: pytest.fail("allocated"))

@@ -24,6 +24,7 @@ from .config import (
     DiTConfig,
     is_layer_linear,
 )
+from .decode_plan import unsupported
 from .diffusers_vae import WEIGHTS_FILE, find_diffusers_folder
 from .dit import kernel_limits
 from .errors import CheckpointError, InputError
@@ -149,10 +150,12 @@ def check_checkpoint(
             sum(report.memory_bytes for report in (turbo, image, audio)),
             dtype.itemsize,
             kernels=False,
+            kernel_decoder=False,
         )
         memory = memory_plan(sizes)
         if kernel_limits(sizes.first.config, dtype) is None:
-            memory = [*memory_plan(replace(sizes, kernels=True)), *memory]
+            decoder = unsupported(turbo_config) is None
+            memory = [*memory_plan(replace(sizes, kernels=True, kernel_decoder=decoder)), *memory]
     return CheckReport(root, [*(report for report, _ in dits.values()), *others], memory)
 
 

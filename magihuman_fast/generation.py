@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -27,6 +27,17 @@ class CancelEvent(Protocol):
     """What `cancel` must offer; `threading.Event` does."""
 
     def is_set(self) -> bool: ...
+
+
+class EitherEvent(Event):
+    """Set when it was set itself, or when the caller's own event is."""
+
+    def __init__(self, other: CancelEvent | None) -> None:
+        super().__init__()
+        self._other = other
+
+    def is_set(self) -> bool:
+        return super().is_set() or (self._other is not None and self._other.is_set())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,9 +22,9 @@ from .memory_estimate import Model, tensors_of
 from .memory_plan import PLACES, ModelSizes, check_place, choose_place, device_capacity, memory_plan
 from .ops import gpu_unavailable
 from .reference.dit import DiT, infer_config
-from .reference.turbo_vae import TurboVAE
 from .request import PathLike
 from .text_encoder import TextEncoder, TextEncoderOnDisk
+from .turbo_vae import TurboVAE
 from .weights import open_checkpoint
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,36 @@ def dit_bytes(dit: DiTConfig, dtype: torch.dtype) -> int:
     return sum(prod(shape) * (dtype.itemsize if is_layer_linear(name) else 4) for name, shape in shapes)
 
 
+def measured_sizes(
+    dit: DiT,
+    variant: Variant,
+    sr_dit: DiT | None,
+    sr: SuperResolution | None,
+    turbo_vae: TurboVAE,
+    text_encoder: TextEncoder,
+    others: Iterable[object],
+    *,
+    kernels: bool,
+) -> ModelSizes:
+    """Bytes and sizes of components that are loaded."""
+
+    def model(of: DiT) -> Model:
+        return Model(of.config, dit_bytes(of.config, of.dtype))
+
+    presets = [name for name, known in SUPER_RESOLUTIONS.items() if known == sr]
+    return ModelSizes(
+        model(dit),
+        variant.guided,
+        {} if sr_dit is None else dict.fromkeys(presets, model(sr_dit)),
+        turbo_vae.config,
+        sum(tensor.nbytes for tensor in tensors_of(text_encoder)),
+        sum(tensor.nbytes for part in (turbo_vae, *others) for tensor in tensors_of(part)),
+        dit.dtype.itemsize,
+        kernels,
+        turbo_vae.backend != "reference",
+    )
+
+
 def load_components(
     root: PathLike,
     *,
@@ -111,7 +141,12 @@ def load_components(
     configs = {name: infer_config(checkpoint) for name, checkpoint in checkpoints.items()}
 
     # The small components first: their faults show before minutes are spent on the large ones.
-    turbo = TurboVAE.from_pretrained(root / config.TURBO_VAE_FOLDER, device=target, dtype=dtype)
+    turbo = TurboVAE.from_pretrained(
+        root / config.TURBO_VAE_FOLDER,
+        device=target,
+        dtype=dtype,
+        backend="reference" if kernels is False else None,
+    )
     sound = AudioVAE.from_pretrained(Path(audio_vae or root / config.AUDIO_VAE_FOLDER), device=target)
     image_path = Path(image_vae or root / config.IMAGE_VAE_FOLDER)
     image = None
@@ -130,6 +165,7 @@ def load_components(
             sum(tensor.nbytes for part in (turbo, sound, image) for tensor in tensors_of(part)),
             dtype.itemsize,
             kernels is not False and gpu_unavailable(target) is None and dtype == torch.bfloat16,
+            turbo.backend != "reference",
         )
     )
     preset = "256p" if sr is None else sr

@@ -25,7 +25,7 @@ class Model:
 
 
 def tensors_of(component: object) -> Iterator[torch.Tensor]:
-    """The tensors that a component holds: directly, in modules, or in dictionaries of either."""
+    """The tensors that a component holds: directly, in modules, in containers, or in another of our objects."""
 
     def found(value: object) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
@@ -34,8 +34,12 @@ def tensors_of(component: object) -> Iterator[torch.Tensor]:
             yield from value.parameters()
             yield from value.buffers()
         elif isinstance(value, dict):
-            for item in value.values():
+            yield from found(list(value.values()))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
                 yield from found(item)
+        elif type(value).__module__.startswith(f"{__package__}.") and hasattr(value, "__dict__"):
+            yield from found(vars(value))
 
     if component is not None:
         yield from found(vars(component))

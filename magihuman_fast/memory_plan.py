@@ -30,6 +30,7 @@ from .memory_estimate import (
     bytes_text,
     decode_bytes,
 )
+from .turbo_vae import decode_bytes as kernel_decode_bytes
 from .turbo_vae_config import TurboVAEConfig
 
 TextEncoderPlace = Literal["device", "cpu", "disk"]
@@ -52,7 +53,8 @@ class ModelSizes:
     text_encoder_bytes: int
     other_bytes: int  # of both VAEs and the image encoder
     itemsize: int  # of the layer linears and of the decoder's activations
-    kernels: bool
+    kernels: bool  # for the diffusion models, or the reference path
+    kernel_decoder: bool  # the same for the decoder
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,13 @@ def stage_bytes(sizes: ModelSizes, stages: Sequence[tuple[Model, StepSpec]]) -> 
     return max(activation_bytes(model.config, spec.shape.rows, sizes.itemsize) for model, spec in stages)
 
 
+def decoder_bytes(sizes: ModelSizes, shape: ClipShape) -> int:
+    """Memory beyond the weights in which a clip is decoded."""
+    if sizes.kernel_decoder:
+        return kernel_decode_bytes(sizes.turbo_vae, shape.size, shape.frames)
+    return decode_bytes(sizes.turbo_vae, shape.size, shape.frames, sizes.itemsize)
+
+
 def memory_plan(sizes: ModelSizes, seconds: float = PRESET_SECONDS) -> list[MemoryPlan]:
     """Every preset with the text encoder in every place; an absent super-resolution model counts like the first."""
     audio = audio_latents(seconds)
@@ -111,7 +120,7 @@ def memory_plan(sizes: ModelSizes, seconds: float = PRESET_SECONDS) -> list[Memo
     plans = []
     for name, shape, stages in presets:
         weights = sizes.other_bytes + sum(model.weight_bytes for model, _ in stages)
-        decode = decode_bytes(sizes.turbo_vae, shape.size, shape.frames, sizes.itemsize)
+        decode = decoder_bytes(sizes, shape)
         absent = name in SUPER_RESOLUTIONS and name not in sizes.super_resolution
         note = (
             f"{SUPER_RESOLUTIONS[name].folder} not there: counted as large as the first stage"
@@ -185,8 +194,8 @@ def check_request(
     stages: Sequence[tuple[Model, StepSpec]],
     weight_bytes: int,
     capacity: int | None,
-) -> int:
-    """Refuse a request that does not fit beside the weights; the bytes that its decode will need.
+) -> tuple[int, int]:
+    """Refuse a request that does not fit beside the weights; the bytes that its steps and its decode need.
 
     Raises:
         InsufficientMemory: says what is needed, what is free, and the longest clip of that size that would fit.
@@ -196,14 +205,12 @@ def check_request(
         resized = [
             (model, replace(spec, shape=shape)) for (model, spec), shape in zip(stages, shapes, strict=True)
         ]
-        last = shapes[-1]
-        decode = decode_bytes(sizes.turbo_vae, last.size, last.frames, sizes.itemsize)
-        return stage_bytes(sizes, resized), decode
+        return stage_bytes(sizes, resized), decoder_bytes(sizes, shapes[-1])
 
     shapes = [spec.shape for _, spec in stages]
     step, decode = needs(shapes)
     if capacity is None or weight_bytes + max(step, decode) <= capacity:
-        return decode
+        return step, decode
     free, longest = capacity - weight_bytes, "no length would fit at this size"
     for frames in range(latent_frames(audio_latents(MIN_SECONDS)), shapes[0].frames):
         audio = VAE_TIME_STRIDE * (frames - 1) + 1

@@ -18,16 +18,16 @@ import torch
 
 from . import config, media, sampler
 from .audio_vae import AudioVAE
-from .config import SUPER_RESOLUTIONS, SuperResolution, Variant
+from .config import SuperResolution, Variant
 from .dit import ClipShape
 from .engine import Engine, Stage
 from .errors import InputError
-from .generation import Beside, CancelEvent, GenerationResult, OnStep, Stages
+from .generation import Beside, CancelEvent, EitherEvent, GenerationResult, OnStep, Stages
 from .graph import StepSpec
 from .image_encoder import ImageEncoder, preprocess_image
-from .loading import OnLoad, dit_bytes, load_components
-from .memory_estimate import Model, tensors_of
-from .memory_plan import MemoryPlan, ModelSizes, check_request, device_capacity, memory_plan
+from .loading import OnLoad, load_components, measured_sizes
+from .memory_estimate import Model
+from .memory_plan import MemoryPlan, check_request, device_capacity, memory_plan
 from .ops import Backend
 from .reference.dit import DiT
 from .request import PathLike, Request, load_driving_audio
@@ -57,10 +57,14 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Room:
-    """Bytes that captured steps may take while prompts are encoded and while frames are decoded; None: any."""
+    """Bytes that captured steps may take while prompts are encoded and while frames are decoded; None: any.
 
-    to_encode: int | None
-    to_decode: int | None
+    `for_all`: the decoder's buffers may stay beside captured steps.
+    """
+
+    to_encode: int | None = None
+    to_decode: int | None = None
+    for_all: bool = True
 
 
 class MagiHumanPipeline:
@@ -98,7 +102,10 @@ class MagiHumanPipeline:
         self.device = dit.device
         self.engine = Engine(dit, sr_dit, kernels=kernels, backend=backend)
         self.memory_limit = memory_limit
-        self._sizes = self._measure()
+        self._sizes = measured_sizes(
+            *(dit, variant, sr_dit, sr, turbo_vae, text_encoder, (audio_vae, image_encoder)),
+            kernels=self.engine.backend is not None,
+        )
         self._turn = threading.Lock()
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="magihuman")
 
@@ -198,7 +205,7 @@ class MagiHumanPipeline:
         after the step that runs otherwise. `options` and errors are those of `__call__`.
         """
         loop = asyncio.get_running_loop()
-        stop = _EitherEvent(cancel)
+        stop = EitherEvent(cancel)
         report: OnStep | None = None
         if on_step is not None:
             told = on_step
@@ -345,28 +352,11 @@ class MagiHumanPipeline:
             sound = beside.start(partial(self._decode_sound, audio, stages))
             with stages.timed("decode"):
                 clip = self.turbo_vae.decode_frames(video, on_window=stages.reporter("decode"))
+            if not room.for_all:
+                self.turbo_vae.drop_buffers()
             waveform = sound()
         timings = {**stages.timings, "total": time.perf_counter() - started}
         return GenerationResult(clip.cpu().numpy(), waveform.cpu().numpy(), timings, job.seed)
-
-    def _measure(self) -> ModelSizes:
-        """Bytes of what is loaded."""
-
-        def measured(dit: DiT) -> Model:
-            return Model(dit.config, dit_bytes(dit.config, dit.dtype))
-
-        presets = [name for name, known in SUPER_RESOLUTIONS.items() if known == self.sr]
-        parts = (self.turbo_vae, self.audio_vae, self.image_encoder)
-        return ModelSizes(
-            measured(self.dit),
-            self.variant.guided,
-            {} if self.sr_dit is None else dict.fromkeys(presets, measured(self.sr_dit)),
-            self.turbo_vae.config,
-            sum(tensor.nbytes for tensor in tensors_of(self.text_encoder)),
-            sum(tensor.nbytes for part in parts for tensor in tensors_of(part)),
-            self.dit.dtype.itemsize,
-            self.engine.backend is not None,
-        )
 
     def _steps(self, request: Request, audio: int, sr_guidance: bool) -> list[tuple[Stage, StepSpec]]:
         """What a request's stages are captured for, of a clip with `audio` audio latents."""
@@ -389,13 +379,19 @@ class MagiHumanPipeline:
         weights = sizes.other_bytes + sum(model.weight_bytes for model in models.values())
         if self.text_encoder.device == self.device:
             weights += sizes.text_encoder_bytes
-        capacity = device_capacity(self.device, self.memory_limit, weights + self.engine.pool.nbytes)
-        decode = check_request(sizes, [(models[stage], spec) for stage, spec in keys], weights, capacity)
+        held = weights + self.engine.pool.nbytes + self.turbo_vae.held_bytes
+        capacity = device_capacity(self.device, self.memory_limit, held)
+        steps, decode = check_request(
+            sizes, [(models[stage], spec) for stage, spec in keys], weights, capacity
+        )
         if capacity is None:
-            return _Room(None, None)
-        self.engine.limit = room = capacity - weights
+            return _Room()
+        room = capacity - weights
+        for_all = steps + decode <= room
+        # Steps and decoder stay side by side, or take turns.
+        self.engine.limit = room - decode if for_all else room
         loads_text = isinstance(self.text_encoder, TextEncoderOnDisk)
-        return _Room(room - sizes.text_encoder_bytes if loads_text else room, room - decode)
+        return _Room(room - sizes.text_encoder_bytes if loads_text else room, room - decode, for_all)
 
     def _load_image(
         self, image: PathLike | Image.Image | np.ndarray | None, request: Request
@@ -421,14 +417,3 @@ class MagiHumanPipeline:
     def _decode_sound(self, audio: torch.Tensor, stages: Stages) -> torch.Tensor:
         with stages.timed("sound"):
             return self.audio_vae.decode(audio)
-
-
-class _EitherEvent(threading.Event):
-    """Set when it was set itself, or when the caller's own event is."""
-
-    def __init__(self, other: CancelEvent | None) -> None:
-        super().__init__()
-        self._other = other
-
-    def is_set(self) -> bool:
-        return super().is_set() or (self._other is not None and self._other.is_set())

@@ -83,6 +83,20 @@ class TurboVAE:
         """
         return cls(reference.TurboVAE.from_pretrained(folder, device=device, dtype=dtype), backend)
 
+    @property
+    def held_bytes(self) -> int:
+        """Device memory of the buffers that are kept for the next decode; in PyTorch none are."""
+        if self._model is not None:
+            return 0
+        with self._lock:
+            return sum(workspace.nbytes for workspace in self._free)
+
+    def drop_buffers(self) -> None:
+        """Give back what is kept for the next decode, which then makes it anew."""
+        if self._model is None:
+            with self._lock:
+                self._free = []
+
     def decode(self, latent: Tensor) -> Tensor:
         """(48, T, h, w) float32 normalised latent to a (3, 4 (T - 1) + 1, 16 h, 16 w) float32 picture.
 
@@ -256,6 +270,10 @@ class Workspace:
             self.frames = [torch.empty(frame_shape, dtype=torch.uint8, device=device) for _ in range(2)]
             self.copy_stream = torch.cuda.Stream(device)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (*self._regions.values(), *self.frames))
+
     def fits(self, need: Mapping[Region, int], frame_shape: tuple[int, ...]) -> bool:
         """Made for this picture size, and big enough for these windows."""
         same = self._frame_shape[1:] == frame_shape[1:] and self._frame_shape[0] >= frame_shape[0]
@@ -292,6 +310,18 @@ def workspace_bytes(
     """What decoding these windows takes beside the weights, two windows' frames apart."""
     shapes = {(w.num_latent_frames, w.is_first): w for w in windows}
     return region_bytes([window_plan(config, w, height, width) for w in shapes.values()])
+
+
+def decode_bytes(config: TurboVAEConfig, size: tuple[int, int], frames: int) -> int:
+    """Device memory in which the kernels decode `frames` latent frames to `size` (width, height), beside the weights.
+
+    Three regions, two windows' frames on their way to the host, and a copy of the latent.
+    """
+    width, height = size[0] // VAE_STRIDE, size[1] // VAE_STRIDE
+    windows = plan_windows(frames, config.first_chunk_size, config.step_size)
+    pictures = 2 * 3 * size[0] * size[1] * max(w.keep_stop - w.keep_start for w in windows)
+    regions = sum(workspace_bytes(config, windows, height, width).values())
+    return regions + pictures + 4 * config.latent_channels * frames * height * width
 
 
 def pack_layers(model: reference.TurboVAE) -> Layers:

@@ -11,9 +11,9 @@ import torch
 from magihuman_fast.config import SUPER_RESOLUTIONS, DiTConfig
 from magihuman_fast.dit import ClipShape
 from magihuman_fast.errors import InsufficientMemory
-from magihuman_fast.graph import StepSpec
+from magihuman_fast.graph import GRAPH_BYTES, StepSpec
 from magihuman_fast.loading import dit_bytes
-from magihuman_fast.memory_estimate import Model, bytes_text, decode_bytes
+from magihuman_fast.memory_estimate import Model, bytes_text
 from magihuman_fast.memory_plan import (
     MemoryPlan,
     ModelSizes,
@@ -23,6 +23,7 @@ from magihuman_fast.memory_plan import (
     device_capacity,
     memory_plan,
 )
+from magihuman_fast.turbo_vae import decode_bytes
 from magihuman_fast.turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
 
 GIB = 2**30
@@ -36,6 +37,7 @@ SIZES = ModelSizes(
     other_bytes=1 * GIB,
     itemsize=2,
     kernels=True,
+    kernel_decoder=True,
 )
 
 
@@ -58,9 +60,13 @@ def test_published_presets() -> None:
     on_disk = plan_of("256p", "disk")
     assert on_disk.needed_bytes == on_disk.weight_bytes + SIZES.text_encoder_bytes
     assert large.kept_bytes - large.needed_bytes == large.step_bytes  # the decode needs more than the steps
+    # What the whole is for: both models, 1080p, everything on the device but the text encoder.
+    assert large.needed_bytes < 78e9
     # The reference path keeps no step: it needs its largest stage's activations, which are larger.
-    plain = plan_of("1080p", "cpu", replace(SIZES, kernels=False))
+    plain = plan_of("1080p", "cpu", replace(SIZES, kernels=False, kernel_decoder=False))
     assert plain.step_bytes > 2 * large.step_bytes
+    assert plain.decode_bytes > 2 * large.decode_bytes
+    assert plain.kept_bytes == plain.needed_bytes
 
 
 def test_the_text_encoder_goes_where_there_is_room() -> None:
@@ -89,8 +95,9 @@ def test_requests_are_refused_with_what_would_fit() -> None:
     weights = 2 * PUBLISHED.weight_bytes + GIB
     size = (1920, 1088)
     decode = decode_bytes(SIZES.turbo_vae, size, 32)
-    assert check_request(SIZES, request_of(5, size), weights, None) == decode
-    assert check_request(SIZES, request_of(5, size), weights, weights + decode) == decode
+    steps = sum(spec.nbytes(model.config) + GRAPH_BYTES for model, spec in request_of(5, size))
+    assert check_request(SIZES, request_of(5, size), weights, None) == (steps, decode)
+    assert check_request(SIZES, request_of(5, size), weights, weights + decode) == (steps, decode)
     with pytest.raises(InsufficientMemory, match=r"size, seconds: 5.0 s of 1920x1088 need"):
         check_request(SIZES, request_of(5, size), weights, weights + decode - 1)
     message = r"size, seconds: 60.0 s of 1920x1088 need .* are free; (\d+.\d) s would fit at this size"

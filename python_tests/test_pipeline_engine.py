@@ -18,6 +18,7 @@ from magihuman_fast.graph import GRAPH_BYTES, StepGraph, StepSpec
 from magihuman_fast.loading import load_components
 from magihuman_fast.ops import Backend
 from magihuman_fast.text_encoder import TextEncoder, TextEncoderOnDisk
+from magihuman_fast.turbo_vae import TurboVAE, decode_bytes
 from numerics import rel_err
 from test_pipeline import portrait, tone
 
@@ -38,9 +39,15 @@ LOAD: dict[str, Any] = {
 
 
 def on_backend(root: Path, backend: Backend | None, **options: Any) -> MagiHumanPipeline:
-    limit = options.pop("limit", None)
-    parts = load_components(root, **LOAD | options)
-    return MagiHumanPipeline(**vars(parts), backend=backend, memory_limit=limit)
+    """A pipeline whose DiT, and in the simulator whose decoder too, run on `backend`."""
+    parts = vars(load_components(root, **LOAD | options))
+    if backend == "sim":
+        parts = parts | {"turbo_vae": simulated_decoder(root)}
+    return MagiHumanPipeline(**parts, backend=backend)
+
+
+def simulated_decoder(root: Path) -> TurboVAE:
+    return TurboVAE.from_pretrained(root / "turbo_vae", dtype=torch.bfloat16, backend="sim")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,25 @@ def test_memory(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             pipe.setup([(64, 64)], seconds=9)
     again = pipe("Hello.", **SMALL)
     assert np.array_equal(first.frames, again.frames)
+
+
+def test_steps_and_decoder_take_turns_or_stay(tiny_checkpoint: Path) -> None:
+    """With room for both, both stay for the next clip; with room for the larger only, each makes way for the other."""
+    parts = vars(load_components(tiny_checkpoint, **LOAD)) | {"turbo_vae": simulated_decoder(tiny_checkpoint)}
+    pipe = MagiHumanPipeline(**parts, backend="reference")
+    weights = next(p.weight_bytes for p in pipe.memory_plan(1) if p.text_encoder == "device")
+    spec = StepSpec.first_stage(ClipShape.of((64, 64), 26), guided=False, steps=2)
+    step = spec.nbytes(pipe.dit.config) + GRAPH_BYTES
+    decode = decode_bytes(pipe.turbo_vae.config, (64, 64), 7)
+    pipe.memory_limit = weights + step + decode
+    first = pipe("Hello.", **SMALL)
+    assert pipe.engine.pool.nbytes == step
+    # On a CPU no frames are on their way to the host, and the latent's copy is not kept.
+    assert 0 < pipe.turbo_vae.held_bytes <= decode
+    pipe.memory_limit = weights + max(step, decode)
+    second = pipe("Hello.", **SMALL)
+    assert (pipe.engine.pool.nbytes, pipe.turbo_vae.held_bytes) == (0, 0)
+    assert np.array_equal(first.frames, second.frames)
 
 
 def test_models_that_do_not_fit(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

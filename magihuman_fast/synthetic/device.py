@@ -14,8 +14,8 @@ from ..image_encoder import ImageEncoder
 from ..ops import Backend
 from ..pipeline import MagiHumanPipeline
 from ..reference.dit import DiT, rope_bands, windowed_layers
-from ..reference.turbo_vae import TurboVAE
 from ..text_encoder import TextEncoder
+from ..turbo_vae import TurboVAE
 from . import SIZES
 from .audio_vae import write_audio_vae
 from .image_vae import write_image_vae
@@ -47,6 +47,20 @@ def random_dit(
     return DiT.from_state_dict(sizes, weights, device=device, dtype=dtype)
 
 
+def random_turbo_vae(
+    size: str = "full",
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    backend: Backend | None = None,
+) -> TurboVAE:
+    """A video decoder of one of `SIZES` with random weights, the same on every device."""
+    with TemporaryDirectory() as folder:
+        write_turbo_vae(Path(folder), config=SIZES[size].turbo_vae, seed=seed)
+        return TurboVAE.from_pretrained(folder, device=device, dtype=dtype, backend=backend)
+
+
 def random_pipeline(
     size: str = "full",
     *,
@@ -66,7 +80,6 @@ def random_pipeline(
     sizes = SIZES[size]
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        write_turbo_vae(root / "turbo", config=sizes.turbo_vae, seed=seed)
         write_audio_vae(root / "audio", channels=sizes.audio_channels, seed=seed)
         write_text_encoder(
             root / "text", hidden=sizes.dit.text_in_channels, layers=sizes.text_layers, seed=seed
@@ -77,9 +90,10 @@ def random_pipeline(
                 root / "image", dim=sizes.image_dim, decoder_dim=sizes.image_decoder_dim, seed=seed
             )
             image = ImageEncoder.from_pretrained(root / "image", device=device)
-        turbo = TurboVAE.from_pretrained(root / "turbo", device=device, dtype=dtype)
         sound = AudioVAE.from_pretrained(root / "audio", device=device)
         text = TextEncoder.from_pretrained(root / "text", device=device, dtype=dtype)
+    decoder: Backend | None = "reference" if kernels is False else None
+    turbo = random_turbo_vae(size, device=device, dtype=dtype, seed=seed, backend=decoder)
     sr_sizes = DiTConfig(**vars(sizes.dit) | {"local_attn_layers": windowed_layers(sizes.dit.num_layers)})
     return MagiHumanPipeline(
         dit=random_dit(sizes.dit, device=device, dtype=dtype, seed=seed),

@@ -21,6 +21,7 @@ from . import ops, sampler
 from .config import AUDIO_CHANNELS, LATENT_CHANNELS, DiTConfig
 from .dit import Activations, ClipShape, KernelDiT, Prompt
 from .errors import InputError
+from .kernel_launch import capture_graph
 from .packing import CoordsStyle
 from .pointwise_ops import RENOISE_COLUMNS, UNIPC_COLUMNS
 from .sampler import Latents
@@ -233,8 +234,5 @@ class StepGraph:
                 prompt.offsets_without_text.copy_(few)
             self._step()
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Thread-local: other threads may allocate and copy meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._step()
-        self._graph, self.capture_seconds = graph, time.perf_counter() - start
+        self._graph = capture_graph(self._step, device, stream)
+        self.capture_seconds = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -91,6 +91,20 @@ def launch(
         getattr(module, op)(**addresses, **numbers, stream=0)
     finally:
         module.clear_buffers()
+
+
+def capture_graph(
+    run: Callable[[], object], device: torch.device, stream: torch.cuda.Stream | None = None
+) -> torch.cuda.CUDAGraph:
+    """What `run` launches on `device`, captured without running it.
+
+    It must have run once before, so that no kernel has to be loaded, and must not allocate. Whoever replays the graph
+    keeps every buffer that it reads or writes. Other threads may allocate and copy meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    return graph
 
 
 def host_ranges(offsets: torch.Tensor | None, rows: int) -> Offsets:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from .config import VAE_STRIDE
 from .conv_weights import pack_conv, pack_time, pack_upsample
 from .decode_plan import REGIONS, Pixels, Region, Step, plan_decode, region_bytes
 from .errors import InputError
+from .kernel_launch import capture_graph
 from .latent_statistics import LATENT_MEAN, LATENT_STD
 from .reference import turbo_vae as reference
 from .reference.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS, Window, check_latent, num_frames, plan_windows
@@ -115,7 +117,8 @@ class TurboVAE:
     def decode_frames(self, latent: Tensor, on_window: Callable[[int, int], object] | None = None) -> Tensor:
         """(48, T, h, w) latent to uint8 RGB frames (F, H, W, 3) in host memory, filled window by window.
 
-        On a GPU that memory is pinned, and each window's frames are copied while the next one decodes.
+        On a GPU that memory is pinned, each window's frames are copied while the next one decodes, and a window is
+        captured when it is first decoded and replayed from then on.
         `on_window(done, total)` is called once a window's frames are there; what it raises ends the decode.
         """
         if self._model is not None:
@@ -125,9 +128,9 @@ class TurboVAE:
         windows = self._plan(t)
         shape = (num_frames(t), h * VAE_STRIDE, w * VAE_STRIDE, 3)
         frames = torch.empty(shape, dtype=torch.uint8, pin_memory=self.backend == "gpu")
-        with self._workspace(windows, h, w) as workspace:
+        with self._workspace(windows, latent) as workspace:
             decode = self._frames_by_copy if self.backend == "gpu" else self._frames_in_place
-            for done in decode(self._copy(latent), windows, frames, workspace):
+            for done in decode(windows, frames, workspace):
                 if on_window is not None:
                     on_window(done, len(windows))
         return frames
@@ -135,25 +138,20 @@ class TurboVAE:
     def _windows(self, latent: Tensor) -> Iterator[Tensor]:
         _, t, h, w = latent.shape
         windows = self._plan(t)
-        latent = self._copy(latent)
-        with self._workspace(windows, h, w) as workspace:
+        with self._workspace(windows, latent) as workspace:
             for window in windows:
                 size = (3, window.keep_stop - window.keep_start, h * VAE_STRIDE, w * VAE_STRIDE)
                 picture = torch.empty(size, device=self.device)
-                self.run_window(latent, window, picture, workspace)
+                self.run_window(workspace.latent, window, picture, workspace)
                 yield picture
 
-    def _frames_in_place(
-        self, latent: Tensor, windows: list[Window], frames: Tensor, workspace: Workspace
-    ) -> Iterator[int]:
+    def _frames_in_place(self, windows: list[Window], frames: Tensor, workspace: Workspace) -> Iterator[int]:
         """Decode into host memory itself; yields how many windows are done."""
         for done, window in enumerate(windows, start=1):
-            self.run_window(latent, window, frames[window.out_start : window.out_stop], workspace)
+            self.run_window(workspace.latent, window, frames[window.out_start : window.out_stop], workspace)
             yield done
 
-    def _frames_by_copy(
-        self, latent: Tensor, windows: list[Window], frames: Tensor, workspace: Workspace
-    ) -> Iterator[int]:
+    def _frames_by_copy(self, windows: list[Window], frames: Tensor, workspace: Workspace) -> Iterator[int]:
         """Decode into two buffers in turn, copying one to the host while the other is filled."""
         stream, copies = torch.cuda.current_stream(self.device), workspace.copy_stream
         arrived: list[torch.cuda.Event] = []
@@ -161,7 +159,15 @@ class TurboVAE:
             if i >= 2:
                 stream.wait_event(arrived[i - 2])
             buffer = workspace.frames[i % 2][: window.keep_stop - window.keep_start]
-            self.run_window(latent, window, buffer, workspace)
+            key = (workspace.latent.shape, window)
+            graph = workspace.graphs.get(key)
+            if graph is None:
+                # Its frames lie in the same buffer each time: a latent of this shape always has these windows.
+                run = partial(self.run_window, workspace.latent, window, buffer, workspace)
+                run()
+                workspace.graphs[key] = capture_graph(run, self.device)
+            else:
+                graph.replay()
             copies.wait_stream(stream)
             with torch.cuda.stream(copies):
                 frames[window.out_start : window.out_stop].copy_(buffer, non_blocking=True)
@@ -172,27 +178,24 @@ class TurboVAE:
         arrived[-1].synchronize()
         yield len(windows)
 
-    def _copy(self, latent: Tensor) -> Tensor:
-        """Contiguous on our device, at an address that kernels take."""
-        return latent.to(self.device, copy=True, memory_format=torch.contiguous_format)
-
     def _plan(self, num_latent_frames: int) -> list[Window]:
         return plan_windows(num_latent_frames, self.config.first_chunk_size, self.config.step_size)
 
     @contextmanager
-    def _workspace(self, windows: list[Window], height: int, width: int) -> Iterator[Workspace]:
-        """Buffers for these windows, from an earlier call where they are big enough."""
+    def _workspace(self, windows: list[Window], latent: Tensor) -> Iterator[Workspace]:
+        """Buffers for these windows with the latent in them, from an earlier call where they are big enough."""
+        _, _, height, width = latent.shape
         need = workspace_bytes(self.config, windows, height, width)
-        most = max(window.keep_stop - window.keep_start for window in windows)
-        frame_shape = (most, height * VAE_STRIDE, width * VAE_STRIDE, 3)
+        frame_shape = self._frame_shape(windows, height, width)
         with self._lock:
-            fitting = [space for space in self._free if space.fits(need, frame_shape)]
+            fitting = [space for space in self._free if space.fits(need, latent, frame_shape)]
             workspace = fitting[0] if fitting else None
             # Others are of another size: they make room.
-            self._free = [space for space in fitting[1:]]
+            self._free = fitting[1:]
         if workspace is None:
-            workspace = Workspace(need, frame_shape, self.device)
+            workspace = Workspace(need, frame_shape, self.device, latent.numel())
         workspace.acquire()
+        workspace.load(latent)
         try:
             yield workspace
         finally:
@@ -253,18 +256,27 @@ class TurboVAE:
 
 
 class Workspace:
-    """The static buffers of one decode at a time: three regions, two windows' frames, and views of them."""
+    """The static buffers of one decode at a time, and views and graphs of them.
+
+    The latent, three regions, and two windows' frames in turn. A graph reads and writes these alone.
+    """
 
     def __init__(
-        self, need: Mapping[Region, int], frame_shape: tuple[int, ...], device: torch.device
+        self,
+        need: Mapping[Region, int],
+        frame_shape: tuple[int, ...],
+        device: torch.device,
+        latent_size: int = 0,
     ) -> None:
+        self._latent = torch.empty(latent_size, device=device)
+        self.latent = self._latent
+        self.graphs: dict[tuple[torch.Size, Window], torch.cuda.CUDAGraph] = {}
         self._regions = {
             region: torch.empty(need[region] // 2, dtype=torch.bfloat16, device=device) for region in REGIONS
         }
         self._views: dict[Pixels, Tensor] = {}
         self._released: torch.cuda.Event | None = None
-        self._device = device
-        self._frame_shape = frame_shape
+        self._device, self._frame_shape = device, frame_shape
         self.frames: list[Tensor] = []
         if device.type == "cuda":
             self.frames = [torch.empty(frame_shape, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -272,12 +284,18 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (*self._regions.values(), *self.frames))
+        return sum(buffer.nbytes for buffer in (self._latent, *self._regions.values(), *self.frames))
 
-    def fits(self, need: Mapping[Region, int], frame_shape: tuple[int, ...]) -> bool:
-        """Made for this picture size, and big enough for these windows."""
+    def fits(self, need: Mapping[Region, int], latent: Tensor, frame_shape: tuple[int, ...]) -> bool:
+        """Made for this picture size, and big enough for this latent and its windows."""
         same = self._frame_shape[1:] == frame_shape[1:] and self._frame_shape[0] >= frame_shape[0]
-        return same and all(self._regions[region].nbytes >= need[region] for region in REGIONS)
+        enough = all(self._regions[region].nbytes >= need[region] for region in REGIONS)
+        return same and enough and self._latent.numel() >= latent.numel()
+
+    def load(self, latent: Tensor) -> None:
+        """Copy the latent to where the launches read it."""
+        self.latent = self._latent[: latent.numel()].view(latent.shape)
+        self.latent.copy_(latent)
 
     def view(self, pixels: Pixels) -> Tensor:
         found = self._views.get(pixels)
@@ -315,7 +333,7 @@ def workspace_bytes(
 def decode_bytes(config: TurboVAEConfig, size: tuple[int, int], frames: int) -> int:
     """Device memory in which the kernels decode `frames` latent frames to `size` (width, height), beside the weights.
 
-    Three regions, two windows' frames on their way to the host, and a copy of the latent.
+    A copy of the latent, three regions, and two windows' frames on their way to the host.
     """
     width, height = size[0] // VAE_STRIDE, size[1] // VAE_STRIDE
     windows = plan_windows(frames, config.first_chunk_size, config.step_size)

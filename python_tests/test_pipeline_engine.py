@@ -140,7 +140,7 @@ def test_steps_and_decoder_take_turns_or_stay(tiny_checkpoint: Path) -> None:
     pipe.memory_limit = weights + step + decode
     first = pipe("Hello.", **SMALL)
     assert pipe.engine.pool.nbytes == step
-    # On a CPU no frames are on their way to the host, and the latent's copy is not kept.
+    # On a CPU no frames are on their way to the host.
     assert 0 < pipe.turbo_vae.held_bytes <= decode
     pipe.memory_limit = weights + max(step, decode)
     second = pipe("Hello.", **SMALL)

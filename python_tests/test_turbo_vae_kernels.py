@@ -442,3 +442,21 @@ def test_peak_memory_and_pinned_frames_on_a_gpu() -> None:
     peak = torch.cuda.max_memory_allocated() - before
     print(f"1080p: {peak / 1e9:.2f} GB beside the weights")
     assert peak < 12e9
+
+
+@pytest.mark.gpu
+def test_captured_windows_on_a_gpu() -> None:
+    """A window is launched, then replayed: the same bytes; also for a latent of another length in the same buffers."""
+    vae = TurboVAE.from_state_dict(
+        PUBLISHED_CONFIG, random_weights(PUBLISHED, "cuda"), device="cuda", dtype=torch.bfloat16
+    )
+    latents = [random_latent(frames, 16, 16).cuda() for frames in (21, 9, 21)]
+    first = [vae.decode_frames(latent) for latent in latents]
+    (space,) = vae._free
+    assert len(space.graphs) == 3 + 2  # windows of 21 and of 9 latent frames
+    for latent, frames in zip(latents, first, strict=True):
+        assert torch.equal(vae.decode_frames(latent), frames)
+        fresh = TurboVAE.__new__(TurboVAE)
+        vars(fresh).update(vars(vae) | {"_free": []})
+        assert torch.equal(fresh.decode_frames(latent), frames)
+    assert len(space.graphs) == 3 + 2

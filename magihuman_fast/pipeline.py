@@ -174,18 +174,25 @@ class MagiHumanPipeline:
     ) -> None:
         """Make everything ready for clips of these first-stage (width, height) in pixels, so that no request waits.
 
-        On the kernels that allocates and captures the steps of both stages; elsewhere there is nothing to do.
+        On the kernels that allocates and captures the steps of both stages; elsewhere there is nothing to do. It waits
+        for a request that runs.
 
         Raises:
             InputError: a size out of range.
             InsufficientMemory: they do not fit together; says what would. Nothing has been allocated then.
         """
-        keys: list[tuple[Stage, StepSpec]] = []
+        clips = []
         for width, height in sizes:
             request = check_arguments(self.variant, self.sr, seconds, width, height, 0, steps, None, sr_size)
-            keys += self._steps(request, config.audio_latents(seconds), sr_guidance)
-            self._reserve(keys[-2:] if self.sr is not None else keys[-1:])
-        self.engine.setup(keys)
+            clips.append(self._steps(request, config.audio_latents(seconds), sr_guidance))
+        with self._turn:
+            limits = []
+            for keys in clips:
+                self._reserve(keys)
+                limits.append(self.engine.limit)
+            # What all of them can stay within, whichever is decoded.
+            self.engine.limit = min((limit for limit in limits if limit is not None), default=None)
+            self.engine.setup(key for keys in clips for key in keys)
 
     def memory_plan(self, seconds: float = 5) -> list[MemoryPlan]:
         """What each preset needs on the device, with the text encoder in each place."""

@@ -36,9 +36,9 @@ def golden_weights(*meta: tuple[str, str]) -> dict[str, Tensor]:
     return draw_weights(TurboVAEConfig.from_dict(GOLDEN_CONFIG).state_dict_shapes(), dict(meta))
 
 
-def golden_model(golden: Golden, dtype: torch.dtype = torch.float32) -> TurboVAE:
+def golden_model(golden: Golden, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TurboVAE:
     weights = golden_weights(*sorted((k, v) for k, v in golden.meta.items() if k.startswith("weights.")))
-    return TurboVAE.from_state_dict(GOLDEN_CONFIG, weights, dtype=dtype)
+    return TurboVAE.from_state_dict(GOLDEN_CONFIG, weights, dtype=dtype, device=device)
 
 
 def tiny_state_dict(config: Mapping[str, Any] = TINY_CONFIG) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import decoder_cases
+from backends import BACKENDS, device_of
 from cases import load_golden
 from kernel_cases import TINY, Inputs, Setting, gpu_setting
 from magihuman_fast import InputError, decode_plan, ops
@@ -55,12 +56,14 @@ def poisoned_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("poisoned_workspace")
 @pytest.mark.parametrize("case", ["a_t1", "a_t7", "a_t16"])
-def test_golden_windows(case: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_golden_windows(backend: ops.Backend, case: str) -> None:
     """One padded window; one whole; a first, a middle and a padded last one."""
     golden = load_golden(f"turbo_vae/{case}")
-    vae = TurboVAE(golden_model(golden, torch.bfloat16), "sim")
-    ops.simulator().set_multiprocessor_count(4)
-    video = vae.decode(golden.batch0("in.latent"))
+    vae = TurboVAE(golden_model(golden, torch.bfloat16, device_of(backend)), backend)
+    if backend == "sim":
+        ops.simulator().set_multiprocessor_count(4)
+    video = vae.decode(golden.batch0("in.latent")).cpu()
     assert video.dtype == torch.float32
     # The bound that the PyTorch decoder is held to in bfloat16.
     assert rel_err(video, golden["out.video_fp32"][0]) <= 1.25 * float(golden.meta["rel_err_bf16"])

@@ -378,7 +378,10 @@ class MagiHumanPipeline:
         return keys
 
     def _reserve(self, keys: Sequence[tuple[Stage, StepSpec]]) -> _Room:
-        """Refuse what does not fit; how much captured steps may take during which stage."""
+        """Refuse what does not fit; how much captured steps may take during which stage.
+
+        Steps, the decoder's buffers and a text encoder from disk stay side by side where they fit, else take turns.
+        """
         sizes = self._sizes
         models: dict[Stage, Model] = {"denoise": sizes.first}
         for model in sizes.super_resolution.values():
@@ -394,11 +397,13 @@ class MagiHumanPipeline:
         if capacity is None:
             return _Room()
         room = capacity - weights
-        for_all = steps + decode <= room
-        # Steps and decoder stay side by side, or take turns.
-        self.engine.limit = room - decode if for_all else room
-        loads_text = isinstance(self.text_encoder, TextEncoderOnDisk)
-        return _Room(room - sizes.text_encoder_bytes if loads_text else room, room - decode, for_all)
+        text = sizes.text_encoder_bytes if isinstance(self.text_encoder, TextEncoderOnDisk) else 0
+        for_all = max(steps, text) + decode <= room
+        if not for_all or self.turbo_vae.held_bytes > decode:
+            self.turbo_vae.drop_buffers()
+        kept = decode if for_all else 0
+        self.engine.limit = room - kept
+        return _Room(room - kept - text, room - decode, for_all)
 
     def _load_image(
         self, image: PathLike | Image.Image | np.ndarray | None, request: Request

@@ -146,6 +146,12 @@ def test_steps_and_decoder_take_turns_or_stay(tiny_checkpoint: Path) -> None:
     second = pipe("Hello.", **SMALL)
     assert (pipe.engine.pool.nbytes, pipe.turbo_vae.held_bytes) == (0, 0)
     assert np.array_equal(first.frames, second.frames)
+    # A larger clip's buffers do not stay in the way of a smaller one's steps.
+    pipe.memory_limit = weights + 3 * (step + decode)
+    pipe.turbo_vae.decode_frames(torch.randn(48, 7, 4, 6))
+    assert pipe.turbo_vae.held_bytes > decode
+    pipe.setup([(64, 64)], seconds=1, steps=2)
+    assert (pipe.engine.pool.nbytes, pipe.turbo_vae.held_bytes) == (step, 0)
 
 
 def test_models_that_do_not_fit(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

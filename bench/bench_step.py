@@ -44,6 +44,13 @@ from workload import (
 )
 
 KINDS: tuple[Any, ...] = ("renoise", "unipc")
+# What tells an operation's kernel by its name, where it is not called as the operation is: products share one kernel.
+KERNEL_NAMES = {
+    "gemm_qkv": "QkvEpilogue",
+    "gemm_residual": "ResidualEpilogue",
+    "gemm_gelu7": "Gelu7",
+    "gemm_swiglu7": "Swiglu7Epilogue",
+}
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,13 @@ def profiled(graph: StepGraph) -> list[tuple[str, float, float]]:
     return [(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in kernels]
 
 
+def is_kernel_of(op: str, name: str) -> bool:
+    """Whether a kernel's name, or what `recorded` calls it, is that of an operation."""
+    return name == op or KERNEL_NAMES.get(op, f"{op}_sm90") in name
+
+
 def paired(launches: Sequence[Launch], seen: Sequence[tuple[str, float, float]]) -> list[Timed]:
-    """Each launch with its time. Their names must agree: a kernel's begins with its operation's, but for torch's own.
+    """Each launch with its time. Their names must agree, but for that of torch's own kernel.
 
     Raises:
         ValueError: another number of kernels, or another order, than the step's launches.
@@ -168,7 +180,7 @@ def paired(launches: Sequence[Launch], seen: Sequence[tuple[str, float, float]])
         raise ValueError(f"step: expected {len(launches)} launches, the profiler saw {len(seen)}")
     found, before = [], seen[0][1]
     for launch, (name, start, end) in zip(launches, seen, strict=True):
-        if launch.op != "keep_frame" and launch.op not in name:
+        if launch.op != "keep_frame" and not is_kernel_of(launch.op, name):
             raise ValueError(f"step: expected {launch.op} ({launch.shape}), the profiler saw {name}")
         found.append(Timed(launch, end - start, start - before))
         before = end

@@ -325,7 +325,7 @@ def _replay(graph: StepGraph, steps: int, on_step: OnStep | None) -> None:
         graph.replay()
         if on_gpu:
             event = torch.cuda.Event(blocking=True)
-            event.record()
+            event.record(torch.cuda.current_stream(graph.dit.device))
             done.append(event)
             if i == 0:
                 continue

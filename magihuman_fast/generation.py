@@ -107,17 +107,15 @@ class Stages:
 
 
 class Beside:
-    """Runs work beside the main stream of a GPU, in a thread and on a stream of its own; on a CPU at once.
+    """Runs work beside the main stream of a GPU, in a thread and on `stream`; without one, as on a CPU, at once.
 
-    The block that it is used as waits for all of it.
+    The block that it is used as waits for all of it. The stream is the caller's, because torch keeps memory for every
+    stream that has ever allocated.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._thread: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._thread, self._stream = ThreadPoolExecutor(1), torch.cuda.Stream(device)
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        self._thread = None if stream is None else ThreadPoolExecutor(1)
 
     def __enter__(self) -> Beside:
         return self
@@ -134,14 +132,14 @@ class Beside:
             done = work()
             return lambda: done
         queued = torch.cuda.Event()
-        queued.record(torch.cuda.current_stream(self._device))
+        queued.record(torch.cuda.current_stream(self._stream.device))
         future: Future[T] = self._thread.submit(self._run, work, queued)
 
         def result() -> T:
             found = future.result()
             if isinstance(found, torch.Tensor) and found.is_cuda:
                 # It was allocated on the other stream, where nothing would keep its memory until this one is done.
-                found.record_stream(torch.cuda.current_stream(self._device))
+                found.record_stream(torch.cuda.current_stream(found.device))
             return found
 
         return result
@@ -149,7 +147,7 @@ class Beside:
     @torch.no_grad()
     def _run(self, work: Callable[[], T], queued: torch.cuda.Event) -> T:
         assert self._stream is not None
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):
             self._stream.wait_event(queued)
             found = work()
             self._stream.synchronize()

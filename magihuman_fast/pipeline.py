@@ -107,6 +107,7 @@ class MagiHumanPipeline:
             kernels=self.engine.backend is not None,
         )
         self._turn = threading.Lock()
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="magihuman")
 
     @classmethod
@@ -294,7 +295,7 @@ class MagiHumanPipeline:
         request, stages = job.request, job.stages
         started = time.perf_counter()
         generator = torch.Generator(self.device).manual_seed(job.seed)
-        with Beside(self.device) as beside:
+        with Beside(self._side) as beside:
             images = [
                 beside.start(partial(self._encode_image, pixels, stages, stage))
                 for pixels, stage in zip(job.pixels, ("image_encode", "sr_image_encode"), strict=True)

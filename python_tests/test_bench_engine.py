@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 
 import bench_e2e
 import bench_step
-from bench_step import KINDS, TINY, Launch, Timed, paired, step_launches, toy_spec
-from magihuman_fast import InputError, benchmark, cli
+from bench_step import KINDS, TINY, Launch, Timed, is_kernel_of, paired, step_launches, toy_spec
+from magihuman_fast import InputError, benchmark, cli, ops
 from magihuman_fast.config import DiTConfig
 from magihuman_fast.dit import KernelDiT
 from magihuman_fast.graph import StepGraph
@@ -44,6 +45,20 @@ def test_launches_are_those_of_a_step(kind: str) -> None:
     for wrong in (seen[1:], [*seen[:2], seen[3], seen[2], *seen[4:]]):
         with pytest.raises(ValueError, match=r"step: expected .* the profiler saw"):
             paired(step_launches(config, TINY.clip, spec), wrong)
+
+
+def test_compiled_kernels_are_told_by_their_names() -> None:
+    """Each operation of a step has kernels in the library, and no kernel is taken for two."""
+    library = Path(ops.__file__).with_name("libmagihuman_kernels.so")
+    if not library.is_file():
+        pytest.skip("without nvcc there are no compiled kernels to be named")
+    found = {match.decode() for match in re.findall(rb"_ZN9magihuman\w+_sm90\w+", library.read_bytes())}
+    names = {launch.op for kind in KINDS for launch in step_launches(TINY.config, TINY.clip, toy_spec(kind))}
+    names.remove("keep_frame")
+    for op in names:
+        assert any(is_kernel_of(op, name) for name in found), op
+    for name in found:
+        assert sum(is_kernel_of(op, name) for op in names) <= 1, name
 
 
 @pytest.mark.parametrize(("clip", "flops"), [("256p", 103.5e12), ("540p", 600e12), ("1080p", 3838e12)])

@@ -18,6 +18,7 @@ from magihuman_fast import MagiHumanPipeline, ops, sampler
 from magihuman_fast.config import DiTConfig, is_layer_linear
 from magihuman_fast.dit import ClipShape, KernelDiT
 from magihuman_fast.engine import Engine
+from magihuman_fast.generation import Beside
 from magihuman_fast.graph import StepGraph, StepSpec
 from magihuman_fast.packing import PackedTokens, WindowRange
 from magihuman_fast.reference.dit import DiT, windowed_layers
@@ -161,7 +162,8 @@ def test_many_clips_leave_no_memory_behind(device: str, backend: ops.Backend, co
     first = pipe("Speaker 0.", **REQUEST)
     held = []
     for i in range(1, count):
-        result = pipe(f"Speaker {i} of many, {'very ' * (i % 7)}calm.", **REQUEST | {"seed": i})
+        # Few prompts, because the last 16 are kept; of many lengths.
+        result = pipe(f"Speaker {i % 7} of many, {'very ' * (i % 7)}calm.", **REQUEST | {"seed": i})
         if device == "cuda" and i >= count // 10:
             held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert len(set(held)) <= 1
@@ -193,3 +195,21 @@ def test_memory_is_what_was_planned() -> None:
     pipe.setup()
     pipe("A woman says hello.")
     assert torch.cuda.max_memory_allocated() <= 1.02 * plan.kept_bytes
+
+
+@pytest.mark.gpu
+def test_work_beside_the_main_stream() -> None:
+    """It sees what was queued before, its result can be used at once, and what it raises arrives."""
+    x = torch.zeros(1 << 24, device="cuda")
+    with Beside(torch.cuda.Stream()) as beside:
+        for _ in range(50):
+            x += 1
+        doubled = beside.start(lambda: 2 * x)
+        assert (doubled() == 100).all()
+
+        def fail() -> None:
+            raise ValueError("beside")
+
+        failed = beside.start(fail)
+        with pytest.raises(ValueError, match="beside"):
+            failed()

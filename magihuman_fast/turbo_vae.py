@@ -141,8 +141,11 @@ class TurboVAE:
         with self._workspace(windows, latent) as workspace:
             for window in windows:
                 size = (3, window.keep_stop - window.keep_start, h * VAE_STRIDE, w * VAE_STRIDE)
-                picture = torch.empty(size, device=self.device)
-                self.run_window(workspace.latent, window, picture, workspace)
+                with workspace.launching():
+                    picture = torch.empty(size, device=self.device)
+                    self.run_window(workspace.latent, window, picture, workspace)
+                if picture.is_cuda:
+                    picture.record_stream(torch.cuda.current_stream(self.device))
                 yield picture
 
     def _frames_in_place(self, windows: list[Window], frames: Tensor, workspace: Workspace) -> Iterator[int]:
@@ -202,6 +205,10 @@ class TurboVAE:
             workspace.release()
             with self._lock:
                 self._free.append(workspace)
+
+    def _frame_shape(self, windows: list[Window], height: int, width: int) -> tuple[int, ...]:
+        most = max(window.keep_stop - window.keep_start for window in windows)
+        return (most, height * VAE_STRIDE, width * VAE_STRIDE, 3)
 
     @torch.no_grad()
     def run_window(self, latent: Tensor, window: Window, out: Tensor, workspace: Workspace) -> None:
@@ -306,14 +313,29 @@ class Workspace:
         return found
 
     def acquire(self) -> None:
-        """What the current stream launches from here on waits for the last decode, wherever that ran."""
-        if self._released is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._released)
+        """Take the buffers for the current stream, which waits for the last decode, wherever that ran."""
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self._device)
+            if self._released is not None:
+                self._stream.wait_event(self._released)
+            # Made on another stream, maybe: their memory must not be given away there while this one uses it.
+            for buffer in (self._latent, *self._regions.values(), *self.frames):
+                buffer.record_stream(self._stream)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Launch on the stream that took the buffers, also where a generator goes on under another one, which waits."""
+        if self._device.type != "cuda":
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def release(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).wait_stream(self.copy_stream)
-            self._released = torch.cuda.current_stream(self._device).record_event()
+            self._stream.wait_stream(self.copy_stream)
+            self._released = self._stream.record_event()
 
 
 def window_plan(config: TurboVAEConfig, window: Window, height: int, width: int) -> list[Step]:

@@ -4,7 +4,8 @@
     python bench/bench_e2e.py --plot-only FILE.json          # draw a record again
 
 What is measured is `magihuman_fast.benchmark`, which `magihuman-fast bench` runs too; this adds the machine, the commit
-and the files. Without a GPU it runs a toy on the reference path, says so, and keeps nothing.
+and the files; the record is written anew whenever something is found. Without a GPU it runs a toy on the reference
+path, says so, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -76,14 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         cold=not args.no_cold,
     )
     machine = describe_machine()
-    record = {"machine": machine, **benchmark.run(setting, lambda text: print(text, flush=True))}
-    header, *rows = benchmark.rows(record)
-    print("\n".join(["", table(header, rows), *benchmark.notes(record)]))
     kept = default_path(machine)
     path = args.out or (kept.parent / "e2e" / kept.name if on_gpu else None)
+
+    def keep(found: dict[str, Any]) -> None:
+        if path is not None:
+            write(path, {"machine": machine, **found})
+
+    found = benchmark.run(setting, lambda text: print(text, flush=True), keep)
+    header, *rows = benchmark.rows(found)
+    print("\n".join(["", table(header, rows), *benchmark.notes(found)]))
     if path is not None:
-        write(path, record)
-        plot(record, path.with_suffix(".png"))
+        plot({"machine": machine, **found}, path.with_suffix(".png"))
         print(f"wrote {path}")
     return 0
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import json
 import tempfile
 import uuid
@@ -110,12 +109,20 @@ def create_app(pipe: MagiHumanPipeline, *, max_waiting: int = 16, max_kept: int 
 
     async def make(clip: Clip, options: dict[str, Any]) -> None:
         def on_step(stage: str, done: int, total: int) -> None:
+            if clip.over:
+                return
             clip.state = "running"
             clip.tell("progress", stage=stage, done=done, total=total)
 
         try:
             result = await pipe.generate_async(on_step=on_step, **options)
-            await asyncio.to_thread(result.save, clip.video)
+            saved = asyncio.ensure_future(asyncio.to_thread(result.save, clip.video))
+            try:
+                await asyncio.shield(saved)
+            except asyncio.CancelledError:
+                await asyncio.wait([saved])  # a thread cannot be stopped: its file goes when it is there
+                clip.video.unlink(missing_ok=True)
+                raise
             clip.finish("done")
         except asyncio.CancelledError:
             clip.finish("cancelled")
@@ -141,7 +148,7 @@ def create_app(pipe: MagiHumanPipeline, *, max_waiting: int = 16, max_kept: int 
         if order.image is not None:
             try:
                 data = base64.b64decode(order.image, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:  # binascii.Error is one; text that is not ASCII another
                 raise HTTPException(422, f"image: expected base64: {error}") from error
             clip.image.write_bytes(data)
             options["image"] = clip.image

@@ -7,6 +7,7 @@ On a machine without a Hopper GPU this measures the reference path, at a toy siz
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import subprocess
@@ -24,7 +25,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import TURBO_VAE_FOLDER
-from .errors import InputError
+from .errors import InputError, InsufficientMemory
 from .loading import resolve_device
 from .pipeline import MagiHumanPipeline
 from .synthetic.device import random_pipeline, random_turbo_vae
@@ -36,6 +37,7 @@ PRESETS: dict[str, str | None] = {"256p": None, "540p": "540p", "1080p": "1080p"
 # Seconds after text encoding that bfloat16 is to reach on one H200 (README).
 TARGETS = {"256p": 1.35, "540p": 5.8, "1080p": 31.0}
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+RECOMPILE_LIMIT = 64  # more kinds of layers and lengths of prompts than a clip has; torch's own is 8
 TOY: dict[str, Any] = {"seconds": 1, "width": 64, "height": 64, "steps": 2}
 
 
@@ -105,37 +107,53 @@ class Measurement:
     peak_bytes: int | None  # of the GPU
 
 
-def measure(setting: Setting, report: Callable[[str], object] = log.info) -> list[Measurement]:
-    """Every preset in turn, and beside each the baseline where it is asked for."""
-    found = []
+@dataclass(frozen=True)
+class Unfit:
+    """A path on which a preset does not fit into the device's memory, and what was said of it."""
+
+    preset: str
+    path: str
+    reason: str
+
+
+def measure(setting: Setting, report: Callable[[str], object] = log.info) -> Iterator[Measurement | Unfit]:
+    """Every preset in turn, and beside each the baseline where it is asked for; each as it is found."""
     for preset in setting.presets:
-        start = time.perf_counter()
-        pipe = setting.load(preset)
-        load = time.perf_counter() - start
-        request = setting.request(preset)
-
-        path = (pipe.engine.path.name, pipe.engine.path.reason)
-        found.append(
-            _measure(pipe, preset, path, load, partial(set_up, pipe, request), request, setting.runs)
-        )
-        report(line(found[-1]))
-        if setting.baseline:
-            pipe.engine.make_room(0)
-            pipe.turbo_vae.drop_buffers()
-            with compiled_reference(pipe, setting.reference_decoder(pipe)) as plain:
-
-                def compile_it(plain: MagiHumanPipeline = plain, request: dict[str, Any] = request) -> None:
-                    # A step of each stage meets every shape there is.
-                    plain(prompt(0), **request | {"steps": 1} | ({"sr_steps": 1} if plain.sr else {}))
-
-                how = "compiled by torch" if plain.device.type == "cuda" else "traced by torch"
-                name = (f"reference path, {how}", "baseline")
-                found.append(_measure(plain, preset, name, load, compile_it, request, setting.runs))
-                report(line(found[-1]))
-        del pipe
+        for found in _measure_preset(setting, preset):
+            report(line(found))
+            yield found
+        # Nothing of a preset is in use here; what refers to itself goes too before the next is loaded.
+        gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-    return found
+
+
+def _measure_preset(setting: Setting, preset: str) -> Iterator[Measurement | Unfit]:
+    start = time.perf_counter()
+    pipe = setting.load(preset)
+    load = time.perf_counter() - start
+    request = setting.request(preset)
+    path = (pipe.engine.path.name, pipe.engine.path.reason)
+    yield _measure(pipe, preset, path, load, partial(set_up, pipe, request), request, setting.runs)
+    if setting.baseline:
+        yield _measure_baseline(setting, pipe, preset, load, request)
+
+
+def _measure_baseline(
+    setting: Setting, pipe: MagiHumanPipeline, preset: str, load: float, request: dict[str, Any]
+) -> Measurement | Unfit:
+    how = "compiled by torch" if pipe.device.type == "cuda" else "traced by torch"
+    path = (f"reference path, {how}", "baseline")
+    # A step of each stage meets every shape there is.
+    short = request | {"steps": 1} | ({"sr_steps": 1} if pipe.sr else {})
+    pipe.engine.make_room(0)
+    pipe.turbo_vae.drop_buffers()
+    try:
+        with compiled_reference(pipe, setting.reference_decoder(pipe)) as plain:
+            compile_it = partial(plain, prompt(0), **short)
+            return _measure(plain, preset, path, load, compile_it, request, setting.runs)
+    except (InsufficientMemory, torch.OutOfMemoryError) as error:
+        return Unfit(preset, path[0], str(error))
 
 
 def set_up(pipe: MagiHumanPipeline, request: dict[str, Any]) -> None:
@@ -149,7 +167,7 @@ def _measure(
     preset: str,
     path: tuple[str, str],
     load: float,
-    setup: Callable[[], None],
+    setup: Callable[[], object],
     request: dict[str, Any],
     runs: int,
 ) -> Measurement:
@@ -189,7 +207,8 @@ def compiled_reference(pipe: MagiHumanPipeline, decoder: TurboVAE) -> Iterator[M
     `decoder`, the PyTorch one.
 
     Layers are compiled without their numbers, once for each kind. On a CPU they are traced but not compiled: a C++
-    compiler would take longer than everything else.
+    compiler would take longer than everything else. More kinds than torch may compile are an error: it would run the
+    rest as they are, and this would be no baseline.
     """
     on_gpu = pipe.device.type == "cuda"
     options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if on_gpu else {"backend": "eager"}
@@ -197,9 +216,10 @@ def compiled_reference(pipe: MagiHumanPipeline, decoder: TurboVAE) -> Iterator[M
     torch._dynamo.reset()
     for dit in models:
         vars(dit)["apply_layer"] = torch.compile(dit.apply_layer, dynamic=False, **options)
+    limit = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
     attention = sdpa_kernel(PRIORITY, set_priority=True) if on_gpu else contextlib.nullcontext()
     try:
-        with attention:
+        with limit, attention:
             yield MagiHumanPipeline(
                 dit=pipe.dit,
                 variant=pipe.variant,
@@ -214,10 +234,13 @@ def compiled_reference(pipe: MagiHumanPipeline, decoder: TurboVAE) -> Iterator[M
     finally:
         for dit in models:
             del vars(dit)["apply_layer"]
+        torch._dynamo.reset()  # what is compiled goes with the models it was compiled for
 
 
-def line(m: Measurement) -> str:
+def line(m: Measurement | Unfit) -> str:
     """One preset in one line."""
+    if isinstance(m, Unfit):
+        return unfit_line(asdict(m))
     stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in m.stages.items() if stage != "total")
     peak = "" if m.peak_bytes is None else f", peak {m.peak_bytes / 1e9:.1f} GB"
     return (
@@ -226,18 +249,32 @@ def line(m: Measurement) -> str:
     )
 
 
-def run(setting: Setting, report: Callable[[str], object] = log.info) -> dict[str, Any]:
-    """Everything that is asked for, as plain values; each line is told to `report` as it is found."""
+def unfit_line(m: dict[str, Any]) -> str:
+    return f"{m['preset']}, {m['path']}: does not fit: {m['reason']}"
+
+
+def run(
+    setting: Setting,
+    report: Callable[[str], object] = log.info,
+    keep: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
+    """Everything that is asked for, as plain values; each line is told to `report` as it is found.
+
+    `keep` is given the record so far after each thing that is found, so that what stops a run leaves what was found.
+    """
     record: dict[str, Any] = {"setting": asdict(setting) | {"model": setting.model and str(setting.model)}}
     record["toy"] = setting.size != "full" and setting.model is None
     if record["toy"]:
         report(f"{setting.size} random weights: this exercises the code and measures no model")
-    record["cold"] = {}
-    if setting.cold:
-        record["cold"] = {preset: cold_start(setting, preset) for preset in setting.presets}
-        for preset, parts in record["cold"].items():
-            report(f"{preset} cold start: " + ", ".join(f"{name} {s:.2f}" for name, s in parts.items()))
-    record["warm"] = [asdict(found) for found in measure(setting, report)]
+    record |= {"cold": {}, "warm": [], "unfit": []}
+    keep = keep or (lambda _: None)
+    for preset in setting.presets if setting.cold else ():
+        parts = record["cold"][preset] = cold_start(setting, preset)
+        report(f"{preset} cold start: " + ", ".join(f"{name} {s:.2f}" for name, s in parts.items()))
+        keep(record)
+    for found in measure(setting, report):
+        record["unfit" if isinstance(found, Unfit) else "warm"].append(asdict(found))
+        keep(record)
     return record
 
 
@@ -268,11 +305,12 @@ def rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def notes(record: dict[str, Any]) -> list[str]:
-    """What goes with the table: cold starts, and that toys are toys."""
+    """What goes with the table: cold starts, what did not fit, and that toys are toys."""
     lines = [
         f"cold start to first frames, {preset}: " + ", ".join(f"{n} {s:.2f}" for n, s in parts.items())
         for preset, parts in record["cold"].items()
     ]
+    lines += map(unfit_line, record["unfit"])
     return lines + (["toy weights: these are no figures of the model"] if record["toy"] else [])
 
 

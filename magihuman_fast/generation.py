@@ -149,6 +149,8 @@ class Beside:
         assert self._stream is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(queued)
-            found = work()
-            self._stream.synchronize()
-            return found
+            try:
+                return work()
+            finally:
+                # Also of work that failed: what it has launched may still read the other stream's tensors.
+                self._stream.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
+from threading import Lock
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -93,16 +94,22 @@ def launch(
         module.clear_buffers()
 
 
+# Before a capture torch synchronises the device, which would break another one that is under way.
+_one_capture_at_a_time = Lock()
+
+
 def capture_graph(
-    run: Callable[[], object], device: torch.device, stream: torch.cuda.Stream | None = None
+    run: Callable[[], object], device: torch.device, stream: torch.cuda.Stream
 ) -> torch.cuda.CUDAGraph:
-    """What `run` launches on `device`, captured without running it.
+    """What `run` launches on `device`, captured on `stream` without running it.
 
     It must have run once before, so that no kernel has to be loaded, and must not allocate. Whoever replays the graph
-    keeps every buffer that it reads or writes. Other threads may allocate and copy meanwhile.
+    keeps every buffer that it reads or writes. `stream` is one of `device` that nothing else uses: torch's own default
+    for captures belongs to whichever device came first. Other threads may allocate and copy meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    with _one_capture_at_a_time, torch.cuda.device(device), capture:
         run()
     return graph
 

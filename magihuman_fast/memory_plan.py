@@ -38,8 +38,10 @@ TextEncoderPlace = Literal["device", "cpu", "disk"]
 PLACES: tuple[TextEncoderPlace, ...] = get_args(TextEncoderPlace)
 PRESET_SECONDS = 5
 PRESET_SIZE = (448, 256)  # width, height of the first stage
-# Of a GPU's free memory this much is left alone: libraries' workspaces, the sound's decode, fragments.
-RESERVE_BYTES = 1 << 30
+# Of a GPU's free memory this much is left alone, for what is there for a moment and counted nowhere: the image encoder
+# (2.2 GiB at 1920x1088), a voice's encoder (0.6 GiB for 5 s), the sound's decoder (0.8 GiB for 5 s, 2.8 at most),
+# libraries' workspaces, fragments.
+RESERVE_BYTES = 3 << 30
 
 
 @dataclass(frozen=True)

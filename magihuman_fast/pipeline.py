@@ -175,8 +175,9 @@ class MagiHumanPipeline:
     ) -> None:
         """Make everything ready for clips of these first-stage (width, height) in pixels, so that no request waits.
 
-        On the kernels that allocates and captures the steps of both stages; elsewhere there is nothing to do. It waits
-        for a request that runs.
+        On the kernels that allocates and captures the steps of both stages and, where its buffers can stay beside them,
+        the decoder of the last size, which keeps those of one size; elsewhere there is nothing to do. It waits for a
+        request that runs.
 
         Raises:
             InputError: a size out of range.
@@ -187,13 +188,17 @@ class MagiHumanPipeline:
             request = check_arguments(self.variant, self.sr, seconds, width, height, 0, steps, None, sr_size)
             clips.append(self._steps(request, config.audio_latents(seconds), sr_guidance))
         with self._turn:
-            limits = []
+            limits, room = [], _Room()
             for keys in clips:
-                self._reserve(keys)
+                room = self._reserve(keys)
                 limits.append(self.engine.limit)
             # What all of them can stay within, whichever is decoded.
             self.engine.limit = min((limit for limit in limits if limit is not None), default=None)
             self.engine.setup(key for keys in clips for key in keys)
+            if clips and room.for_all and self.turbo_vae.backend == "gpu":
+                shape = clips[-1][-1][1].shape
+                size = (config.LATENT_CHANNELS, shape.frames, shape.height, shape.width)
+                self.turbo_vae.decode_frames(torch.zeros(size, device=self.device))
 
     def memory_plan(self, seconds: float = 5) -> list[MemoryPlan]:
         """What each preset needs on the device, with the text encoder in each place."""
@@ -218,8 +223,12 @@ class MagiHumanPipeline:
         if on_step is not None:
             told = on_step
 
+            def tell(stage: str, done: int, total: int) -> None:
+                if not stop.is_set():  # a step that ended after the request was cancelled is no news
+                    told(stage, done, total)
+
             def report(stage: str, done: int, total: int) -> None:
-                loop.call_soon_threadsafe(told, stage, done, total)
+                loop.call_soon_threadsafe(tell, stage, done, total)
 
         future = self._waiting.submit(self, prompt, on_step=report, cancel=stop, **options)
         try:
@@ -296,11 +305,11 @@ class MagiHumanPipeline:
         started = time.perf_counter()
         generator = torch.Generator(self.device).manual_seed(job.seed)
         with Beside(self._side) as beside:
+            self.engine.make_room(room.to_encode)
             images = [
                 beside.start(partial(self._encode_image, pixels, stages, stage))
                 for pixels, stage in zip(job.pixels, ("image_encode", "sr_image_encode"), strict=True)
             ]
-            self.engine.make_room(room.to_encode)
             with stages.timed("text"), self.text_encoder.loaded() as encoder:
                 names = ("prompt", "negative prompt")
                 texts = [

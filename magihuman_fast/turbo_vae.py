@@ -10,7 +10,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,7 +40,7 @@ class TurboVAE:
 
     `backend`: "gpu" the kernels, "sim" the same in the simulator (development builds, CPU), "reference" plain PyTorch;
     None chooses "gpu" for bfloat16 weights on a Hopper GPU and "reference" elsewhere, with a log line that says why.
-    Calls from several threads are independent of one another.
+    Calls from several threads are independent of one another; only captures wait for each other.
     """
 
     def __init__(self, model: reference.TurboVAE, backend: ops.Backend | None = None) -> None:
@@ -162,13 +164,14 @@ class TurboVAE:
             if i >= 2:
                 stream.wait_event(arrived[i - 2])
             buffer = workspace.frames[i % 2][: window.keep_stop - window.keep_start]
-            key = (workspace.latent.shape, window)
+            # Wherever it lies in a clip of any length, a window of these sizes is the same launches on the same bytes.
+            part = workspace.window_latent(window)
+            key = (window.num_latent_frames, window.is_first, window.keep_start, window.keep_stop, i % 2)
             graph = workspace.graphs.get(key)
             if graph is None:
-                # Its frames lie in the same buffer each time: a latent of this shape always has these windows.
-                run = partial(self.run_window, workspace.latent, window, buffer, workspace)
+                run = partial(self.run_window, part, self.alone(window), buffer, workspace)
                 run()
-                workspace.graphs[key] = capture_graph(run, self.device)
+                workspace.graphs[key] = capture_graph(run, self.device, workspace.capture_stream)
             else:
                 graph.replay()
             copies.wait_stream(stream)
@@ -181,6 +184,11 @@ class TurboVAE:
         arrived[-1].synchronize()
         yield len(windows)
 
+    @staticmethod
+    def alone(window: Window) -> Window:
+        """The window of `Workspace.window_latent(window)` that is all of it."""
+        return replace(window, start=0, stop=window.num_latent_frames, padding=0)
+
     def _plan(self, num_latent_frames: int) -> list[Window]:
         return plan_windows(num_latent_frames, self.config.first_chunk_size, self.config.step_size)
 
@@ -190,13 +198,15 @@ class TurboVAE:
         _, _, height, width = latent.shape
         need = workspace_bytes(self.config, windows, height, width)
         frame_shape = self._frame_shape(windows, height, width)
+        most = max(window.num_latent_frames for window in windows)
+        latent_sizes = (latent.numel(), self.config.latent_channels * most * height * width)
         with self._lock:
-            fitting = [space for space in self._free if space.fits(need, latent, frame_shape)]
+            fitting = [space for space in self._free if space.fits(need, latent_sizes, frame_shape)]
             workspace = fitting[0] if fitting else None
             # Others are of another size: they make room.
             self._free = fitting[1:]
         if workspace is None:
-            workspace = Workspace(need, frame_shape, self.device, latent.numel())
+            workspace = Workspace(need, frame_shape, self.device, latent_sizes)
         workspace.acquire()
         workspace.load(latent)
         try:
@@ -265,7 +275,7 @@ class TurboVAE:
 class Workspace:
     """The static buffers of one decode at a time, and views and graphs of them.
 
-    The latent, three regions, and two windows' frames in turn. A graph reads and writes these alone.
+    The latent, one window of it, three regions, and two windows' frames in turn. A graph reads and writes these alone.
     """
 
     def __init__(
@@ -273,11 +283,12 @@ class Workspace:
         need: Mapping[Region, int],
         frame_shape: tuple[int, ...],
         device: torch.device,
-        latent_size: int = 0,
+        latent_sizes: tuple[int, int] = (0, 0),
     ) -> None:
-        self._latent = torch.empty(latent_size, device=device)
+        """`latent_sizes`: elements of the clip's latent, and of the largest window's."""
+        self._latent, self._window_latent = (torch.empty(size, device=device) for size in latent_sizes)
         self.latent = self._latent
-        self.graphs: dict[tuple[torch.Size, Window], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, bool, int, int, int], torch.cuda.CUDAGraph] = {}
         self._regions = {
             region: torch.empty(need[region] // 2, dtype=torch.bfloat16, device=device) for region in REGIONS
         }
@@ -287,22 +298,38 @@ class Workspace:
         self.frames: list[Tensor] = []
         if device.type == "cuda":
             self.frames = [torch.empty(frame_shape, dtype=torch.uint8, device=device) for _ in range(2)]
-            self.copy_stream = torch.cuda.Stream(device)
+            self.copy_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (self._latent, *self._regions.values(), *self.frames))
+        return sum(buffer.nbytes for buffer in self._buffers())
 
-    def fits(self, need: Mapping[Region, int], latent: Tensor, frame_shape: tuple[int, ...]) -> bool:
+    def _buffers(self) -> tuple[Tensor, ...]:
+        return (self._latent, self._window_latent, *self._regions.values(), *self.frames)
+
+    def fits(
+        self, need: Mapping[Region, int], latent_sizes: tuple[int, int], frame_shape: tuple[int, ...]
+    ) -> bool:
         """Made for this picture size, and big enough for this latent and its windows."""
         same = self._frame_shape[1:] == frame_shape[1:] and self._frame_shape[0] >= frame_shape[0]
         enough = all(self._regions[region].nbytes >= need[region] for region in REGIONS)
-        return same and enough and self._latent.numel() >= latent.numel()
+        latents = (self._latent.numel(), self._window_latent.numel())
+        return same and enough and all(a >= b for a, b in zip(latents, latent_sizes, strict=True))
 
     def load(self, latent: Tensor) -> None:
         """Copy the latent to where the launches read it."""
         self.latent = self._latent[: latent.numel()].view(latent.shape)
         self.latent.copy_(latent)
+
+    def window_latent(self, window: Window) -> Tensor:
+        """The window's part of the latent, copied to where all windows read theirs; beyond the end its last frame."""
+        channels, frames, height, width = self.latent.shape
+        size = (channels, window.num_latent_frames, height, width)
+        part = self._window_latent[: prod(size)].view(size)
+        inside = min(window.num_latent_frames, frames - window.start)
+        part[:, :inside] = self.latent[:, window.start : window.start + inside]
+        part[:, inside:] = self.latent[:, -1:]
+        return part
 
     def view(self, pixels: Pixels) -> Tensor:
         found = self._views.get(pixels)
@@ -319,7 +346,7 @@ class Workspace:
             if self._released is not None:
                 self._stream.wait_event(self._released)
             # Made on another stream, maybe: their memory must not be given away there while this one uses it.
-            for buffer in (self._latent, *self._regions.values(), *self.frames):
+            for buffer in self._buffers():
                 buffer.record_stream(self._stream)
 
     @contextmanager
@@ -355,13 +382,14 @@ def workspace_bytes(
 def decode_bytes(config: TurboVAEConfig, size: tuple[int, int], frames: int) -> int:
     """Device memory in which the kernels decode `frames` latent frames to `size` (width, height), beside the weights.
 
-    A copy of the latent, three regions, and two windows' frames on their way to the host.
+    A copy of the latent and of one window of it, three regions, and two windows' frames on their way to the host.
     """
     width, height = size[0] // VAE_STRIDE, size[1] // VAE_STRIDE
     windows = plan_windows(frames, config.first_chunk_size, config.step_size)
     pictures = 2 * 3 * size[0] * size[1] * max(w.keep_stop - w.keep_start for w in windows)
     regions = sum(workspace_bytes(config, windows, height, width).values())
-    return regions + pictures + 4 * config.latent_channels * frames * height * width
+    latents = frames + max(w.num_latent_frames for w in windows)
+    return regions + pictures + 4 * config.latent_channels * latents * height * width
 
 
 def pack_layers(model: reference.TurboVAE) -> Layers:

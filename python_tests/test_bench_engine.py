@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 import bench_e2e
 import bench_step
 from bench_step import KINDS, TINY, Launch, Timed, is_kernel_of, paired, step_launches, toy_spec
-from magihuman_fast import InputError, benchmark, cli, ops
+from magihuman_fast import InputError, InsufficientMemory, MagiHumanPipeline, benchmark, cli, ops
 from magihuman_fast.config import DiTConfig
 from magihuman_fast.dit import KernelDiT
 from magihuman_fast.graph import StepGraph
 from magihuman_fast.reference.dit import windowed_layers
+from magihuman_fast.synthetic import SIZES
 from magihuman_fast.synthetic.device import random_dit, random_pipeline
 from numerics import rel_err
 from timing import Ceilings
@@ -136,6 +138,78 @@ def test_baseline_computes_what_the_pipeline_does() -> None:
     assert "apply_layer" not in vars(pipe.dit)
     got, ref = (torch.from_numpy(r.frames).double() for r in (baseline, result))
     assert rel_err(got, ref) < 0.05
+
+
+def test_baseline_compiles_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each: 3 in the first stage, 5 in the windowed second, and those again for the other length that guidance's
+    second prompt has, which is more than torch compiles by itself."""
+    published = DiTConfig()
+    kinds = {name: getattr(published, name) for name in ("num_layers", "mm_layers", "gelu7_layers")}
+    dit = dataclasses.replace(SIZES["tiny"].dit, **kinds)
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(SIZES["tiny"], dit=dit))
+    pipe = random_pipeline("tiny", sr="1080p", backend="reference")
+    request: dict[str, Any] = {**benchmark.TOY, "sr_steps": 1, "sr_size": (64, 96), "sr_guidance": True}
+    counts = torch._dynamo.utils.counters["stats"]
+    with benchmark.compiled_reference(pipe, pipe.turbo_vae) as plain:
+        counts.clear()
+        plain("Hello there.", **request)
+        assert counts["unique_graphs"] == 3 + 2 * 5
+
+
+def test_a_preset_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU two do not fit beside each other."""
+    load, last, loaded = benchmark.Setting.load, list[weakref.ref[object]](), []
+
+    def watched(setting: benchmark.Setting, preset: str) -> MagiHumanPipeline:
+        assert [ref() for ref in last] == [None] * len(last)
+        pipe = load(setting, preset)
+        parts = (pipe, pipe.dit, pipe.dit.layers[0].qkvg, pipe.sr_dit, pipe.turbo_vae, pipe.text_encoder)
+        last[:] = [weakref.ref(part) for part in parts if part is not None]
+        loaded.append(preset)
+        return pipe
+
+    monkeypatch.setattr(benchmark.Setting, "load", watched)
+    setting = benchmark.Setting(("540p", "256p"), size="tiny", runs=1, device="cpu", cold=False)
+    assert len(list(benchmark.measure(setting, print))) == 4
+    assert loaded == ["540p", "256p"]
+    assert [ref() for ref in last] == [None] * len(last)
+
+
+@pytest.mark.parametrize("error", [InsufficientMemory, torch.OutOfMemoryError])
+def test_baseline_that_does_not_fit(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is told as such, and the presets after it are measured."""
+
+    def refuse(*_: object) -> None:
+        raise error("size: needs more")
+
+    monkeypatch.setattr(benchmark.Setting, "reference_decoder", refuse)
+    setting = benchmark.Setting(("256p", "256p"), size="tiny", runs=1, device="cpu", cold=False)
+    told: list[str] = []
+    record = benchmark.run(setting, told.append)
+    unfit = {"preset": "256p", "path": "reference path, traced by torch", "reason": "size: needs more"}
+    assert record["unfit"] == [unfit] * 2
+    assert [m["reason"] == "baseline" for m in record["warm"]] == [False] * 2
+    wanted = "256p, reference path, traced by torch: does not fit: size: needs more"
+    assert told.count(wanted) == 2
+    assert benchmark.notes(record).count(wanted) == 2
+
+
+def test_what_stops_a_run_leaves_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load = benchmark.Setting.load
+
+    def only_first(setting: benchmark.Setting, preset: str) -> MagiHumanPipeline:
+        if preset != "256p":
+            raise RuntimeError("stopped")
+        return load(setting, preset)
+
+    monkeypatch.setattr(benchmark.Setting, "load", only_first)
+    path = tmp_path / "e2e.json"
+    with pytest.raises(RuntimeError, match="stopped"):
+        bench_e2e.main(["--presets", "256p,540p", "--runs", "1", "--no-cold", "--out", str(path)])
+    record = json.loads(path.read_text())
+    assert [m["reason"] == "baseline" for m in record["warm"]] == [False, True]
+    assert record["machine"]["torch"]
+    assert [found.name for found in tmp_path.iterdir()] == ["e2e.json"]
 
 
 def test_weights_are_drawn_as_the_files_are() -> None:

@@ -108,7 +108,8 @@ def test_queue(plain: MagiHumanPipeline) -> None:
             assert (await client.delete(f"/clips/{clip}")).status_code == 204
             assert (await events_of(client, clip))[-1] == ("cancelled", {})
         assert (await events_of(client, third))[-1] == ("done", {})
-        assert await state_of(client, second) == "cancelled"
+        # Also that which ran: no step that ends later wakes it, and its place in the queue is free.
+        assert [await state_of(client, clip) for clip in (second, long)] == ["cancelled"] * 2
 
     serve(service.create_app(plain, max_waiting=3), talk)
 
@@ -132,6 +133,7 @@ def test_old_clips_are_forgotten(plain: MagiHumanPipeline) -> None:
         ({"seconds": 99}, "less than or equal to 60"),
         ({"sampler": "euler"}, "Extra inputs are not permitted"),
         ({"image": "???"}, "image: expected base64"),
+        ({"image": "é"}, "image: expected base64"),
     ],
 )
 def test_bad_orders_are_refused(plain: MagiHumanPipeline, change: dict[str, Any], message: str) -> None:

@@ -104,15 +104,29 @@ def test_a_cancelled_decode_gives_its_buffers_back() -> None:
     assert vae._free != [space]
 
 
+@pytest.mark.parametrize("frames", [1, 5, 8, 15, 16])
+def test_a_window_alone_is_that_window_of_the_clip(frames: int) -> None:
+    """What a captured window is given: its own part of the latent, padded, at its beginning."""
+    vae, latent = tiny_vae(), random_latent(frames, 1, 2)
+    windows = vae._plan(frames)
+    with vae._workspace(windows, latent) as workspace:
+        for window in windows:
+            count = window.keep_stop - window.keep_start
+            outs = [torch.zeros(count, 16, 32, 3, dtype=torch.uint8) for _ in range(2)]
+            vae.run_window(workspace.latent, window, outs[0], workspace)
+            vae.run_window(workspace.window_latent(window), vae.alone(window), outs[1], workspace)
+            assert torch.equal(*outs)
+
+
 def test_buffers_serve_shorter_clips_but_not_longer_ones() -> None:
-    def need(frames: int) -> tuple[dict[decode_plan.Region, int], Tensor, tuple[int, ...]]:
+    def need(frames: int) -> tuple[dict[decode_plan.Region, int], tuple[int, int], tuple[int, ...]]:
         windows = plan_windows(frames, 7, 7)
         most = max(window.keep_stop - window.keep_start for window in windows)
-        return workspace_bytes(PUBLISHED, windows, 1, 1), torch.zeros(48, frames, 1, 1), (most, 16, 16, 3)
+        return workspace_bytes(PUBLISHED, windows, 1, 1), (48 * frames, 48 * 8), (most, 16, 16, 3)
 
     def space(frames: int, latent_frames: int = 14) -> Workspace:
         regions, _, pictures = need(frames)
-        return Workspace(regions, pictures, torch.device("cpu"), 48 * latent_frames)
+        return Workspace(regions, pictures, torch.device("cpu"), (48 * latent_frames, 48 * 8))
 
     # 13 and 14 latent frames make windows of equal sizes, of which 24 and 28 frames are kept.
     short, longer = need(13), need(14)

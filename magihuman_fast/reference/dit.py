@@ -149,6 +149,8 @@ class DiT:
         }
         self.bands = weights["adapter.rope.bands"]
         self.layers = [_layer_weights(config, weights, i) for i in range(config.num_layers)]
+        self.dtype = self.layers[0].qkvg.dtype
+        """Dtype of the layer linears and of their inputs."""
         self.head = {
             name: (weights[f"final_norm_{name}.weight"].unsqueeze(0), weights[f"final_linear_{name}.weight"])
             for name in ("video", "audio")
@@ -230,11 +232,6 @@ class DiT:
     @property
     def device(self) -> torch.device:
         return self.bands.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the layer linears and of their inputs."""
-        return self.layers[0].qkvg.dtype
 
     def pack(
         self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, coords: CoordsStyle

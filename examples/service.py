@@ -39,7 +39,7 @@ class Order(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, max_length=20_000)
+    prompt: str = Field(min_length=1, max_length=20_000, pattern=r"\S")
     image: str | None = Field(
         None, max_length=MAX_IMAGE_BYTES * 4 // 3 + 4, description="a file's bytes in base64"
     )

@@ -24,6 +24,7 @@ from .pipeline import MagiHumanPipeline
 from .request import check_request, load_driving_audio
 from .synthetic import write_checkpoint
 from .synthetic.disk_size import checkpoint_bytes
+from .weights import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -301,6 +302,11 @@ def bench(args: argparse.Namespace) -> Answer:
     on_gpu = resolve_device(args.device).type == "cuda"
     size = args.size or ("full" if on_gpu else "tiny")
     options = {"model": args.model, "size": size, "variant": args.variant, "runs": args.runs}
+    if args.model is not None:  # what is wrong with it is said before a process starts for it
+        folders = [VARIANTS[args.variant].folder]
+        folders += [SUPER_RESOLUTIONS[name].folder for name in args.presets if name in SUPER_RESOLUTIONS]
+        for folder in folders:
+            open_checkpoint(Path(args.model) / folder)
     setting = benchmark.Setting(
         tuple(args.presets),
         device=args.device,

@@ -22,6 +22,7 @@ from .config import (
     super_resolution_size,
 )
 from .dit import ClipShape
+from .environment import available_memory
 from .errors import InsufficientMemory
 from .graph import GRAPH_BYTES, StepSpec
 from .memory_estimate import (
@@ -178,13 +179,16 @@ def _nothing_fits(plans: Sequence[MemoryPlan], preset: str, capacity: int | None
 
 
 def device_capacity(device: torch.device, limit: int | None = None, held: int = 0) -> int | None:
-    """Bytes that a pipeline may use on `device`, the `held` that it uses already included; None: no limit.
+    """Bytes that a pipeline may use on `device`, the `held` that it uses already included; None: nobody knows.
 
-    On a GPU that is what is free, or kept but unused by torch, less a reserve; `limit` lowers it. On a CPU there is
-    only `limit`.
+    On a GPU that is what is free, or kept but unused by torch, less a reserve; on a CPU what the system says is
+    available. `limit` lowers it.
     """
     if device.type != "cuda":
-        return limit
+        available = available_memory()
+        if available is None:
+            return limit
+        return available + held if limit is None else min(available + held, limit)
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     capacity = free + unused + held - RESERVE_BYTES

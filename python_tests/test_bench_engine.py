@@ -113,16 +113,20 @@ def test_whole_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         assert all(seconds >= 0 for seconds in parts.values())
         assert abs(sum(parts[name] for name in names) - parts["total"]) < 1e-6
     assert path.with_suffix(".png").stat().st_size > 1000
-    assert "target on an H200" in out
+    assert "target on an H200" not in out  # beside toys
+    assert "no target applies" in out
     bench_e2e.main(["--plot-only", str(path)])
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["bench", "--no-cold", "--no-baseline", "--runs", "1", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert [m["preset"] for m in record["warm"]] == ["256p"]
     assert cli.main(["bench", "--presets", "720p"]) == 2
     assert "expected some of 256p,540p,1080p" in capsys.readouterr().err
+    # A bad checkpoint is said before a process starts for it.
+    assert cli.main(["bench", "--model", str(tmp_path / "none")]) == 3
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}")
     with pytest.raises(InputError, match=r"runs: expected a positive integer, got 0"):
         benchmark.Setting(runs=0)
 

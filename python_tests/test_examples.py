@@ -130,6 +130,7 @@ def test_old_clips_are_forgotten(plain: MagiHumanPipeline) -> None:
     ("change", "message"),
     [
         ({"prompt": ""}, "at least 1 character"),
+        ({"prompt": "  "}, "should match pattern"),
         ({"seconds": 99}, "less than or equal to 60"),
         ({"sampler": "euler"}, "Extra inputs are not permitted"),
         ({"image": "???"}, "image: expected base64"),

@@ -119,6 +119,13 @@ def test_bytes_for_people(count: Any, text: str) -> None:
     assert bytes_text(count) == text
 
 
-def test_capacity() -> None:
-    assert device_capacity(torch.device("cpu")) is None
-    assert device_capacity(torch.device("cpu"), 7) == 7
+def test_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("magihuman_fast.memory_plan.available_memory", lambda: 100)
+    assert device_capacity(cpu) == 100
+    assert device_capacity(cpu, held=20) == 120
+    assert device_capacity(cpu, 7) == 7
+    assert device_capacity(cpu, 115, held=20) == 115
+    monkeypatch.setattr("magihuman_fast.memory_plan.available_memory", lambda: None)
+    assert device_capacity(cpu) is None
+    assert device_capacity(cpu, 7) == 7

@@ -109,8 +109,6 @@ def create_app(pipe: MagiHumanPipeline, *, max_waiting: int = 16, max_kept: int 
 
     async def make(clip: Clip, options: dict[str, Any]) -> None:
         def on_step(stage: str, done: int, total: int) -> None:
-            if clip.over:
-                return
             clip.state = "running"
             clip.tell("progress", stage=stage, done=done, total=total)
 

@@ -21,6 +21,15 @@ namespace magihuman {
 
 using Stream = CUstream_st*;
 
+// --- versions ---------------------------------------------------------------------------------------------
+
+// As CUDA numbers them: 12040 is 12.4. Asked without a context.
+struct CudaVersions {
+    int runtime;  // that the library was built with
+    int driver;   // the newest that the driver supports; 0: there is no driver
+};
+MAGIHUMAN_API CudaVersions cuda_versions();
+
 // --- matrix products: d = a wT in bf16 with float32 accumulation ------------------------------------------
 // The product is rounded to bf16 first; what follows it happens in float32 and is rounded to bf16 once more.
 

@@ -397,6 +397,16 @@ void define_simulator(py::module_& m) {
         "Once any buffer is registered, kernels must stay inside registered ones.");
     m.def("clear_buffers", &sim::clear_globals);
 }
+#else
+void define_versions(py::module_& m) {
+    m.def(
+        "cuda_versions",
+        [] {
+            const CudaVersions versions = cuda_versions();
+            return py::make_tuple(versions.runtime, versions.driver);
+        },
+        "(of the runtime that the kernels were built with, of the driver): 12040 is 12.4, 0 no driver.");
+}
 #endif
 
 }  // namespace
@@ -409,5 +419,7 @@ PYBIND11_MODULE(MAGIHUMAN_MODULE, m) {
     define_convolutions(m);
 #if defined(MAGIHUMAN_SIM)
     define_simulator(m);
+#else
+    define_versions(m);
 #endif
 }

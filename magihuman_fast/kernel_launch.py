@@ -26,10 +26,31 @@ def _module(name: str) -> ModuleType | None:
         return None
 
 
+@cache
+def _driver_too_old(kernels: ModuleType) -> str | None:
+    """A driver runs what was built with its own major version of CUDA or an older one."""
+    built, driver = kernels.cuda_versions()
+    if driver == 0 or driver // 1000 >= built // 1000:
+        return None
+
+    def release(version: int) -> str:
+        return f"{version // 1000}.{version % 1000 // 10}"
+
+    return (
+        f"the driver supports CUDA {release(driver)}, the kernels were built with {release(built)}: "
+        "update the driver"
+    )
+
+
 def gpu_unavailable(device: torch.device | str | None = None) -> str | None:
     """Why the kernels cannot run on `device` (None: the current CUDA device); None where they can."""
-    if _module("_C") is None:
+    kernels = _module("_C")
+    if kernels is None:
         return "kernels not compiled: there was no nvcc when the package was installed"
+    # First: with such a driver torch may see no device.
+    too_old = _driver_too_old(kernels)
+    if too_old is not None:
+        return too_old
     if not torch.cuda.is_available():
         return "no CUDA device"
     device = torch.device("cuda" if device is None else device)

@@ -71,14 +71,14 @@ def test_kernel_library_needs_only_the_system(kernels: Path) -> None:
     assert needed(kernels) <= SYSTEM
 
 
-def test_kernel_library_shows_only_launchers(kernels: Path) -> None:
+def test_kernel_library_shows_only_its_surface(kernels: Path) -> None:
     shown = r" (?:FUNC|OBJECT) +(?:GLOBAL|WEAK|UNIQUE) +DEFAULT +\d+ (\S+)"
     # The C++ library's own templates are visible wherever they are compiled.
     symbols = [s for s in re.findall(shown, readelf("--dyn-syms", kernels)) if not re.match(r"_ZZ?N?K?St", s)]
-    launchers = re.findall(r"MAGIHUMAN_API void (launch_\w+)\(", (CSRC / "api.h").read_text())
-    assert len(symbols) == len(launchers) > 10
-    for launcher in launchers:
-        assert [s for s in symbols if s.startswith(f"_ZN9magihuman{len(launcher)}{launcher}E")], launcher
+    surface = re.findall(r"MAGIHUMAN_API \w+ (\w+)\(", (CSRC / "api.h").read_text())
+    assert len(symbols) == len(surface) > 10
+    for name in surface:
+        assert [s for s in symbols if s.startswith(f"_ZN9magihuman{len(name)}{name}E")], name
 
 
 def test_binding_finds_the_library_beside_it(kernels: Path) -> None:
@@ -99,6 +99,14 @@ def test_both_modules_offer_the_same_operations(kernels: Path) -> None:
 
     assert operations(_C) == operations(_sim)
     assert len(operations(_C)) > 10
+
+
+def test_kernels_know_their_version_of_cuda(kernels: Path) -> None:
+    from magihuman_fast import _C  # type: ignore[attr-defined]
+
+    built, driver = _C.cuda_versions()
+    assert 12080 <= built < 20000
+    assert driver == 0 or driver >= 9000
 
 
 # As on a machine where nothing was compiled.

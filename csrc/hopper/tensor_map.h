@@ -106,24 +106,43 @@ inline TensorMap make_tensor_map(const TensorMapSpec& spec, const char* name) {
 
 #else
 
-// Encodes through the driver, found at run time: the library must load on machines that have none.
+// A function of the driver's, found at run time: the library must load on machines that have none.
+template <typename Function>
+Function driver_function(const char* name) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || entry == nullptr) {
+        throw std::runtime_error("the CUDA driver offers no " + std::string(name) +
+                                 " (12.0 or newer is needed)");
+    }
+    return reinterpret_cast<Function>(entry);
+}
+
+// The driver's functions work in the thread's context, and a thread whose first act this is has none: tensors and
+// streams may come from other threads. The runtime then binds the current device's. A context that is there stays,
+// whoever made it. Nothing is allocated or awaited.
+inline void bind_context() {
+    static const auto current = driver_function<CUresult (*)(CUcontext*)>("cuCtxGetCurrent");
+    CUcontext context = nullptr;
+    if (current(&context) == CUDA_SUCCESS && context != nullptr) return;
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string("no CUDA device to launch on: ") + cudaGetErrorString(error));
+    }
+}
+
 inline TensorMap make_tensor_map(const TensorMapSpec& spec, const char* name) {
     check_tensor_map_spec(spec, name);
+    bind_context();
     using Encode =
         CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                      const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                      CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static const Encode encode = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                                   cudaEnableDefault, &found);
-        if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || entry == nullptr) {
-            throw std::runtime_error(
-                "the CUDA driver offers no cuTensorMapEncodeTiled (12.0 or newer is needed)");
-        }
-        return reinterpret_cast<Encode>(entry);
-    }();
+    static const auto encode = driver_function<Encode>("cuTensorMapEncodeTiled");
     // Bytes have no number format of their own: out-of-range fill is zero either way.
     constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                               CU_TENSOR_MAP_DATA_TYPE_FLOAT16,

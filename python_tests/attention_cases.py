@@ -6,12 +6,16 @@ Rows that are not in use hold NaN, in every input: one that is read shows. Outpu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from magihuman_fast import ops
+from magihuman_fast.attention_ops import TILES
+from mismatch import outcomes, require_at_most, require_equal, require_finite
 
 HEAD = 128
 
@@ -104,19 +108,64 @@ def expected(p: Problem, rows: torch.Tensor, dtype: torch.dtype = torch.float64)
     return o * torch.sigmoid(gate[rows]).unsqueeze(-1)
 
 
+def isolate(p: Problem, tile: str | None = None, backend: ops.AttentionBackend = "gpu") -> dict[str, str]:
+    """Which smaller problems hold: one tile of keys, one head, few multiprocessors; and the other tiles at this one."""
+    kept, left = [], 128
+    for count in p.rows:
+        kept.append(min(count, left))
+        left -= kept[-1]
+    window = None if p.window is None else (min(p.window[0], max(kept[0], 1)), p.window[1])
+    if window is not None and kept[0] % window[0]:
+        window = (kept[0], window[1])
+
+    def changed(tile: str | None = tile, **fields: Any) -> Callable[[], None]:
+        def run_and_check() -> None:
+            # With tensors of its own: they are drawn anew, and `p` keeps its own.
+            q = replace(p, **{"tensors": {}, **fields})
+            check(q, run(q, backend, tile=tile))
+
+        return run_and_check
+
+    first = {"rows": tuple(kept), "window": window}
+    tried = {
+        "one key tile, one head": changed(heads=(1, 1), **first),
+        "one key tile": changed(**first),
+        "one key tile, no window": changed(rows=tuple(kept), window=None),
+        "one head": changed(heads=(1, 1)),
+        "the same on one multiprocessor, any tile": changed(None, num_sms=1),
+        "the same on two multiprocessors": changed(num_sms=2),
+    }
+    return outcomes(tried | {f"the same with {other}": changed(other) for other in TILES if other != tile})
+
+
 def check(
-    p: Problem, out: torch.Tensor, baseline: torch.Tensor | None = None, rows: torch.Tensor | None = None
+    p: Problem,
+    out: torch.Tensor,
+    baseline: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    tile: str | None = None,
 ) -> None:
     """Against float64: within twice PyTorch's bfloat16 error, overall and in the worst row of one head, which one wrong
     element of usual size spoils.
 
-    `baseline`: the same computation in bfloat16 PyTorch. `rows`: the ones to look at, by default all.
+    `baseline`: the same computation in bfloat16 PyTorch. `rows`: the ones to look at, by default all. `tile`: what it
+    ran with.
     """
-    assert out[p.computed :].isnan().all(), "rows that are not computed were written"
+    facts = {"rows": p.rows, "heads": p.heads, "window": p.window, "num_sms": p.num_sms, "tile": tile}
+    more: dict[str, Any] = {"layout": "heads", "facts": facts}
+    on_gpu = p.device == "cuda"
+    beyond = torch.arange(p.computed, len(out))
+    says = "rows that are not computed were written"
+    require_equal("out:", out[p.computed :], torch.nan, says=says, numbers=beyond, **more)
     if p.computed == 0:
         return
-    assert out[: p.computed].isfinite().all(), (
-        f"{int((~out[: p.computed].isfinite()).sum())} elements missing"
+    if on_gpu:
+        more["isolate"] = partial(isolate, p, tile)
+    require_finite(
+        "out",
+        out[: p.computed],
+        rerun=(lambda: run(p, "gpu", tile=tile)[: p.computed]) if on_gpu else None,
+        **more,
     )
     if rows is None:
         rows = torch.arange(p.computed, device=out.device)
@@ -124,11 +173,17 @@ def check(
     truth = expected(p, rows)
     error, allowed = ((x[rows].double() - truth) for x in (out, baseline))
     floor = 2.0**-10  # of a row: what rounding the result to bfloat16 costs, about
-    assert error.norm() <= 2 * allowed.norm() + floor * truth.norm(), "the error is over twice PyTorch's"
+    if on_gpu:
+        more["rerun"] = lambda: run(p, "gpu", tile=tile)[rows]
+    more |= {"got": out[rows], "ref": truth, "numbers": rows}
+    limit = 2 * allowed.norm() + floor * truth.norm()
+    require_at_most("out:", error.norm(), limit, says="the error is over twice PyTorch's", **more)
     size = truth.norm(dim=-1)
     worst = (error.norm(dim=-1) / size).max()
     bound = 2 * (allowed.norm(dim=-1) / size).max() + floor
-    assert worst <= bound, f"one row is off by {worst:.3g} of its size, allowed {bound:.3g}"
+    # Of a row's own size: a row that is off as a whole shows as one.
+    within = (2.0**-5 * size / HEAD**0.5).unsqueeze(-1).expand_as(truth)
+    require_at_most("out:", worst, bound, says="one row is off, of its size by", bound=within, **more)
 
 
 # Tiles have 128 queries, halves of 64, and 176 or 128 keys.

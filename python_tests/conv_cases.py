@@ -6,12 +6,23 @@ shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from magihuman_fast import ops
+from mismatch import (
+    Facts,
+    outcomes,
+    require_at_most,
+    require_close,
+    require_equal,
+    require_finite,
+    rounding_bound,
+)
 
 EPS, PLAIN_EPS = 1e-8, 1e-6
 SPARE_FRAMES = 1
@@ -46,6 +57,25 @@ SIZES: tuple[tuple[tuple[int, int, int], int, tuple[int, int]], ...] = (
     ((4, 1, 33), 8, (3, 1)),
     ((1, 41, 3), 24, (0, 0)),
 )
+# Enough of them for 132 multiprocessors: fewer than 67 tiles, and pairs cost no more than square tiles on all of them.
+LARGE_SIZES: tuple[tuple[tuple[int, int, int], int, tuple[int, int]], ...] = (
+    ((3, 77, 75), 72, (0, 0)),
+    ((5, 73, 75), 136, (1, 3)),
+)
+ALL_SIZES = (*SIZES, *LARGE_SIZES)
+TILE_CASES = [
+    (kind, ending, tile)
+    for kind in FORMS
+    for ending in ENDINGS
+    for tile in TILES
+    # Tiles of 64 channels exist for three vertical taps only.
+    if tile != "tall" or kind in ("conv_3x3", "conv_frame")
+]
+
+
+def sizes_on_all(tile: str) -> range:
+    """Numbers of the sizes that get `tile` on a grid of all of a Hopper GPU's multiprocessors."""
+    return range(len(SIZES) if tile == "square" else 0, len(ALL_SIZES))
 
 
 @dataclass
@@ -97,14 +127,14 @@ def make_problem(
     gain: float = 1.0,
     **options: Any,
 ) -> Problem:
-    """A problem with normal data and products of variance about one."""
+    """A problem with normal data and products of variance about one, drawn where it is used."""
     p = Problem(kind, ending, size, in_channels, channels, **options)
     p.count = p.count or size[0] - p.first
-    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Any] = {"generator": torch.Generator(p.device).manual_seed(seed), "device": p.device}
     taps_y, taps_x, taps_t, _, phases = FORMS[kind]
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).bfloat16().to(p.device)
+        return (torch.randn(*shape, **drawn) * scale).bfloat16()
 
     t, h, w = size
     p.tensors["x"] = normal(t, h, w, in_channels)
@@ -117,10 +147,16 @@ def make_problem(
     return p
 
 
-def edge_case(kind: str, ending: str, tile: str, index: int, *, device: str = "cpu") -> Problem:
-    """Size number `index`, with output channels that get `tile`; some are no multiple of 64, some fill it."""
-    size, in_channels, (first, count) = SIZES[index]
-    ragged, num_sms = TILES[tile]
+def edge_case(
+    kind: str, ending: str, tile: str, index: int, *, device: str = "cpu", num_sms: int | None = None
+) -> Problem:
+    """Size number `index`, with output channels that get `tile`; some are no multiple of 64, some fill it.
+
+    num_sms: instead of the few that go with the tile.
+    """
+    size, in_channels, (first, count) = ALL_SIZES[index]
+    ragged, few = TILES[tile]
+    num_sms = few if num_sms is None else num_sms
     channels = ragged if index % 2 == 0 else -(-ragged // 64) * 64
     drop = (index + 1) % 2 if kind == "conv_time" else 0
     options: dict[str, Any] = {"first": first, "count": count, "drop": drop, "num_sms": num_sms}
@@ -249,25 +285,83 @@ def expected(p: Problem, dtype: torch.dtype = torch.float64) -> dict[str, torch.
     return found
 
 
-def check_values(name: str, got: torch.Tensor, truth: torch.Tensor, baseline: torch.Tensor) -> None:
+def check_values(
+    name: str,
+    got: torch.Tensor,
+    truth: torch.Tensor,
+    baseline: torch.Tensor,
+    *,
+    frames: range | None = None,
+    rerun: Callable[[], torch.Tensor] | None = None,
+    isolated: Callable[[], Facts] | None = None,
+    facts: Facts | None = None,
+) -> None:
     """Within twice PyTorch's error in norm, and no element off by more than roundings explain (gemm_cases.check)."""
-    assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements missing"
+    more: dict[str, Any] = {"layout": "pixels", "numbers": frames, "rerun": rerun}
+    more |= {"isolate": isolated, "facts": facts}
+    require_finite(name, got, **more)
     error, allowed = (got.double() - truth).norm(), (baseline.double() - truth).norm()
     # One unit of bf16 besides: the sum in another order rounds one element the other way, which few elements show.
     unit = 2.0**-8 * truth.abs().max()
-    assert error <= 2 * allowed + 2.0**-12 * truth.norm() + unit, (
-        f"{name}: error {error:.3g}, PyTorch has {allowed:.3g}"
+    limit, bound = 2 * allowed + 2.0**-12 * truth.norm() + unit, rounding_bound(truth)
+    says = "has an error over twice PyTorch's"
+    require_at_most(name, error, limit, says=says, got=got, ref=truth, bound=bound, **more)
+    require_close(name, got, truth, bound, says="is off by more than rounding explains", **more)
+
+
+def isolate(p: Problem, backend: ops.Backend = "gpu") -> dict[str, str]:
+    """Which smaller problems hold: one box of input channels, one unit of pixels, one tap, few multiprocessors."""
+    frames, height, width = p.size
+    box, unit = min(p.in_channels, 64), (frames, min(height, 8), min(width, 8))
+    options: dict[str, Any] = {"first": p.first, "count": p.count, "drop": p.drop, "ring": p.ring}
+    options |= {"num_sms": p.num_sms, "device": p.device}
+
+    def drawn(size: tuple[int, int, int], channels: int, kind: str = p.kind) -> Callable[[], None]:
+        extra = options | ({"drop": 0, "ring": 0} if kind != p.kind else {})
+        return lambda: run_and_check(
+            make_problem(kind, p.ending, size, channels, p.channels, **extra), backend
+        )
+
+    def on(num_sms: int) -> Callable[[], None]:
+        return lambda: run_and_check(replace(p, num_sms=num_sms), backend)
+
+    return outcomes(
+        {
+            "one tap, one unit, one box of channels": drawn(unit, box, "conv_1x1"),
+            "one unit, one box of channels": drawn(unit, box),
+            "one unit": drawn(unit, p.in_channels),
+            "one box of channels": drawn(p.size, box),
+            "one time tap": drawn(p.size, p.in_channels, "conv_frame"),
+            "the same on one multiprocessor": on(1),
+            "the same on two multiprocessors": on(2),
+        }
     )
-    bound = 2.0**-6 * truth.abs() + 2.0**-5 * truth.square().mean().sqrt()
-    worst = ((got.double() - truth).abs() / bound).max()
-    assert worst <= 1, f"{name}: one element is off by {worst:.3g} times what rounding explains"
+
+
+def run_and_check(p: Problem, backend: ops.Backend) -> None:
+    check(p, run(p, backend))
 
 
 def check(p: Problem, out: dict[str, torch.Tensor]) -> None:
     """Against float64; whatever was not to be written is still NaN."""
     truth, baseline = expected(p), expected(p, torch.float32)
+    facts = {"kind": p.kind, "ending": p.ending, "size": p.size, "num_sms": p.num_sms}
+    facts |= {
+        "channels": [p.in_channels, p.channels],
+        "frames": list(p.written),
+        "drop": p.drop,
+        "ring": p.ring,
+    }
+    more: dict[str, Any] = {"facts": facts}
+    if p.device == "cuda":
+        more["isolated"] = partial(isolate, p)
     for name, ref in truth.items():
         inside = torch.zeros(len(out[name]), dtype=torch.bool, device=p.device)
         inside[list(p.written)] = True
-        assert out[name][~inside].isnan().all(), f"{name}: other frames were written"
-        check_values(name, out[name][inside], ref, baseline[name].bfloat16())
+        others = (~inside).nonzero().flatten()
+        says = "other frames were written"
+        rest = out[name][~inside]
+        require_equal(f"{name}:", rest, torch.nan, layout="pixels", says=says, numbers=others, facts=facts)
+        if p.device == "cuda":
+            more["rerun"] = lambda name=name, inside=inside: run(p, "gpu")[name][inside]
+        check_values(name, out[name][inside], ref, baseline[name].bfloat16(), frames=p.written, **more)

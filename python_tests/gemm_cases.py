@@ -6,13 +6,24 @@ written too far, shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from magihuman_fast import ops
+from mismatch import (
+    Facts,
+    outcomes,
+    require_at_most,
+    require_close,
+    require_equal,
+    require_finite,
+    rounding_bound,
+)
 
 HEAD = 128
 ROTATED = 48
@@ -66,12 +77,12 @@ class Problem:
         return sum(self.rows)
 
 
-def aligned(*shape: int, dtype: torch.dtype, fill: float = float("nan")) -> torch.Tensor:
+def aligned(*shape: int, dtype: torch.dtype, fill: float = float("nan"), device: str = "cpu") -> torch.Tensor:
     """A tensor on a 128-byte boundary."""
     count, size = 1, torch.empty((), dtype=dtype).element_size()
     for extent in shape:
         count *= extent
-    storage = torch.full((count + 128 // size,), fill, dtype=dtype)
+    storage = torch.full((count + 128 // size,), fill, dtype=dtype, device=device)
     start = -storage.data_ptr() % 128 // size
     return storage[start : start + count].view(shape)
 
@@ -88,24 +99,28 @@ def make_problem(
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """A problem with normal data: products of variance one, clamps that are reached, NaN in rows beyond the ranges."""
+    """A problem with normal data: products of variance one, clamps that are reached, NaN in rows beyond the ranges.
+
+    Drawn where it is used: other numbers on a GPU than on a CPU, of which there may be billions.
+    """
     if kind == "gemm_qkv":
         n = HEAD * (heads[0] + 2 * heads[1]) + heads[0]
     p = Problem(kind, rows, n, k, sum(rows) + spare, heads=heads, d_cols=d_cols or (n + 1) // 2, **options)
-    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Any] = {"generator": torch.Generator(p.device).manual_seed(seed), "device": p.device}
+    padded = partial(aligned, device=p.device)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-        out = aligned(*shape, dtype=dtype)
-        out.copy_(torch.randn(*shape, generator=generator) * scale)
+        out = padded(*shape, dtype=dtype)
+        out.copy_(torch.randn(*shape, **drawn) * scale)
         return out
 
     pitch = (k + 7) // 8 * 8
     # NaN between the rows too: a K tail that is read instead of masked would show.
-    p.tensors["a"] = aligned(p.capacity, pitch + 8, dtype=torch.bfloat16)
-    p.tensors["a"][: p.live, :k] = torch.randn(p.live, k, generator=generator).bfloat16()
-    p.tensors["w"] = aligned(p.groups * n, pitch, dtype=torch.bfloat16)
+    p.tensors["a"] = padded(p.capacity, pitch + 8, dtype=torch.bfloat16)
+    p.tensors["a"][: p.live, :k] = torch.randn(p.live, k, **drawn).bfloat16()
+    p.tensors["w"] = padded(p.groups * n, pitch, dtype=torch.bfloat16)
     strength = 4.0 if kind in ("gemm_gelu7", "gemm_swiglu7") else 1.0
-    w = torch.randn(p.groups * n, k, generator=generator) * (strength / k**0.5)
+    w = torch.randn(p.groups * n, k, **drawn) * (strength / k**0.5)
     p.tensors["w"][:, :k] = w.bfloat16()
     bounds = [0, *torch.tensor(rows).cumsum(0).tolist()]
     p.tensors["offsets"] = torch.tensor(bounds if p.groups == 3 else [0, 0, 0, p.live], dtype=torch.int32)
@@ -114,8 +129,8 @@ def make_problem(
     if kind == "gemm_qkv":
         p.tensors["q_norm"] = normal(p.groups, HEAD, scale=0.2)
         p.tensors["k_norm"] = normal(p.groups, HEAD, scale=0.2)
-        angles = torch.rand(p.capacity, ROTATED, generator=generator) * 6.3
-        p.tensors["rope"] = aligned(p.capacity, 2 * ROTATED, dtype=torch.float32)
+        angles = torch.rand(p.capacity, ROTATED, **drawn) * 6.3
+        p.tensors["rope"] = padded(p.capacity, 2 * ROTATED, dtype=torch.float32)
         p.tensors["rope"].copy_(torch.cat([angles.sin(), angles.cos()], 1))
     p.tensors = {name: t.to(p.device) for name, t in p.tensors.items()}
     return p
@@ -140,20 +155,20 @@ def edge_case(kind: str, tile: str, index: int, *, device: str = "cpu") -> Probl
 
 def outputs_of(p: Problem) -> dict[str, torch.Tensor]:
     """Fresh outputs: NaN, or for the residual stream its value, with `SPARE_ROWS` rows beyond the capacity."""
-    rows = p.capacity + SPARE_ROWS
+    rows, padded = p.capacity + SPARE_ROWS, partial(aligned, device=p.device)
     if p.kind == "gemm_qkv":
         hq, hkv = p.heads
         shapes = {"q": (hq, HEAD), "k": (hkv, HEAD), "v": (hkv, HEAD)}
-        out = {name: aligned(rows, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-        out["gate"] = aligned(rows, hq, dtype=torch.float32)
+        out = {name: padded(rows, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        out["gate"] = padded(rows, hq, dtype=torch.float32)
     elif p.kind == "gemm_residual":
-        x = aligned(rows, (p.n + 3) // 4 * 4 + 4, dtype=torch.float32, fill=UNTOUCHED)
+        x = padded(rows, (p.n + 3) // 4 * 4 + 4, dtype=torch.float32, fill=UNTOUCHED)
         x[: p.live, : p.n] = p.tensors["x"][: p.live]
         out = {"x": x}
     else:
         columns = p.d_cols if p.kind == "gemm_swiglu7" else p.n
-        out = {"d": aligned(rows, (columns + 7) // 8 * 8 + 8, dtype=torch.bfloat16)}
-    return {name: t.to(p.device) for name, t in out.items()}
+        out = {"d": padded(rows, (columns + 7) // 8 * 8 + 8, dtype=torch.bfloat16)}
+    return out
 
 
 def run(p: Problem, backend: ops.Backend = "sim", seed: int = 0) -> dict[str, torch.Tensor]:
@@ -239,27 +254,84 @@ def rounded(p: Problem, values: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name: v.float() if name in exact else v.bfloat16() for name, v in values.items()}
 
 
-def check(p: Problem, out: dict[str, torch.Tensor]) -> None:
-    """Against float64: within twice PyTorch's error in norm, and no element off by more than roundings explain."""
-    truth, baseline = expected(p), rounded(p, expected(p, torch.float32))
+def isolate(p: Problem, backend: ops.Backend = "gpu") -> dict[str, str]:
+    """Which smaller problems of the same kind hold: one block of K, one tile, few multiprocessors (one gets the square
+    tile)."""
+    kept, left = [], 128
+    for count in p.rows:
+        kept.append(min(count, left))
+        left -= kept[-1]
+    # One head of each, or the columns of the widest tile.
+    small: dict[str, Any] = {"heads": (1, 1)} if p.kind == "gemm_qkv" else {"n": min(p.n, 256)}
+    same: dict[str, Any] = {"heads": p.heads} if p.kind == "gemm_qkv" else {"n": p.n, "d_cols": p.d_cols}
+    options: dict[str, Any] = {"num_sms": p.num_sms, "device": p.device}
 
-    def untouched(t: torch.Tensor) -> bool:
-        return bool((t == UNTOUCHED if p.kind == "gemm_residual" else t.isnan()).all())
+    def drawn(rows: tuple[int, ...], k: int, **changed: Any) -> Callable[[], None]:
+        return lambda: run_and_check(make_problem(p.kind, rows, k, **options | changed), backend)
+
+    def on(num_sms: int) -> Callable[[], None]:
+        q = replace(p, num_sms=num_sms)
+        return (
+            (lambda: run_and_check(q, backend)) if p.tensors else drawn(p.rows, p.k, **same, num_sms=num_sms)
+        )
+
+    one_block = min(p.k, 64)
+    return outcomes(
+        {
+            "one tile, one K block": drawn(tuple(kept), one_block, **small),
+            "one tile": drawn(tuple(kept), p.k, **small),
+            "one K block": drawn(p.rows, one_block, **same),
+            "the same on one multiprocessor": on(1),
+            "the same on two multiprocessors": on(2),
+        }
+    )
+
+
+def run_and_check(p: Problem, backend: ops.Backend) -> None:
+    check(p, run(p, backend))
+
+
+def check(
+    p: Problem,
+    out: Mapping[str, torch.Tensor],
+    *,
+    numbers: torch.Tensor | None = None,
+    isolated: Callable[[], Facts] | None = None,
+) -> None:
+    """Against float64: within twice PyTorch's error in norm, and no element off by more than roundings explain.
+
+    numbers: which rows these are of a larger problem. isolated: instead of `isolate`, where `p` is not what ran.
+    """
+    truth, baseline = expected(p), rounded(p, expected(p, torch.float32))
+    on_gpu = p.device == "cuda"
+    if isolated is None and on_gpu:
+        isolated = partial(isolate, p)
+    facts = {"kind": p.kind, "rows": p.rows, "n": p.n, "k": p.k, "num_sms": p.num_sms}
+    fill = UNTOUCHED if p.kind == "gemm_residual" else torch.nan
+
+    def again(name: str, columns: int) -> torch.Tensor:
+        found = run(p, "gpu")[name][: p.live]
+        return found[:, :columns] if found.dim() == 2 else found
 
     for name, ref in truth.items():
         got = out[name][: p.live]
-        assert untouched(out[name][p.live :]), f"{name}: rows beyond the ranges were written"
+        says = "rows beyond the ranges were written"
+        beyond = torch.arange(p.live, len(out[name]))
+        require_equal(f"{name}:", out[name][p.live :], fill, says=says, numbers=beyond, facts=facts)
         if p.live == 0:
             continue
         if got.dim() == 2:
-            got, beyond = got[:, : ref.shape[1]], got[:, ref.shape[1] :]
-            assert untouched(beyond), f"{name}: columns beyond the last one were written"
-        assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements missing"
+            got, rest = got[:, : ref.shape[1]], got[:, ref.shape[1] :]
+            says = "columns beyond the last one were written"
+            require_equal(f"{name}:", rest, fill, says=says, numbers=numbers, facts=facts)
+        more: dict[str, Any] = {"numbers": numbers, "facts": facts, "isolate": isolated}
+        if on_gpu:
+            more["rerun"] = partial(again, name, ref.shape[1])
+        require_finite(name, got, **more)
+        bound = rounding_bound(ref)
         error, allowed = (got.double() - ref).norm(), (baseline[name].double() - ref).norm()
         # A sum in another order may round the product the other way: one unit of bf16, 2^-8 of its size, for the few.
-        floor = 2.0**-12 * ref.norm()
-        assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, PyTorch has {allowed:.3g}"
-        # One such unit of each partner of a rotation may remain where the two cancel: four times the usual size.
-        bound = 2.0**-6 * ref.abs() + 2.0**-5 * ref.square().mean().sqrt()
-        worst = ((got.double() - ref).abs() / bound).max()
-        assert worst <= 1, f"{name}: one element is off by {worst:.3g} times what rounding explains"
+        limit = 2 * allowed + 2.0**-12 * ref.norm()
+        says = "has an error over twice PyTorch's"
+        require_at_most(name, error, limit, says=says, got=got, ref=ref, bound=bound, **more)
+        require_close(name, got, ref, bound, says="is off by more than rounding explains", **more)

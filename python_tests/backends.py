@@ -10,6 +10,13 @@ import torch
 from magihuman_fast import ops
 
 BACKENDS = ["reference", "sim", pytest.param("gpu", marks=pytest.mark.gpu)]
+# With multiprocessors for their grids: few, so that blocks take several units each, and on a GPU all as well (0).
+GRIDS = [
+    pytest.param("reference", 2, id="reference"),
+    pytest.param("sim", 2, id="sim"),
+    pytest.param("gpu", 2, id="gpu-few", marks=pytest.mark.gpu),
+    pytest.param("gpu", 0, id="gpu-all", marks=pytest.mark.gpu),
+]
 
 
 def device_of(backend: ops.Backend) -> str:

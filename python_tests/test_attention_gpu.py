@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from attention_cases import FULL, WINDOW, Problem, check, run
+from attention_cases import FULL, WINDOW, Problem, check, isolate, run
 from magihuman_fast import ops
 from magihuman_fast.attention_ops import TILES
+from mismatch import require, require_equal, require_finite
 from workload import CLIPS, FRAME_WINDOW, Tokens
 
 pytestmark = pytest.mark.gpu
@@ -53,8 +56,14 @@ def check_model(p: Problem) -> None:
     """Sampled rows against float64, and two runs equal bit for bit."""
     out = run(p, "gpu")
     check(p, out, run(p, "sdpa"), sampled(p))
-    for _ in range(3):
-        assert torch.equal(run(p, "gpu").nan_to_num(12345), out.nan_to_num(12345)), "two runs differ"
+    more = on_failure(p)
+    for count in range(2, 5):
+        require_equal("out:", run(p, "gpu"), out, layout="heads", facts={"run": count}, **more)
+
+
+def on_failure(p: Problem) -> dict[str, Any]:
+    """What is run again after one, on a GPU."""
+    return {} if p.device != "cuda" else {"rerun": partial(run, p, "gpu"), "isolate": partial(isolate, p)}
 
 
 # On all multiprocessors a block has one unit to do, on one or two it has several, of different lengths.
@@ -63,7 +72,7 @@ def check_model(p: Problem) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_edge_cases(case: dict[str, Any], tile: str, num_sms: int) -> None:
     problem = Problem(**case, device="cuda", num_sms=num_sms)
-    check(problem, run(problem, "gpu", tile=tile))
+    check(problem, run(problem, "gpu", tile=tile), tile=tile)
 
 
 @pytest.mark.parametrize("rows", [(100, 0, 0), (170, 0, 0), (1000, 40, 300)])
@@ -72,15 +81,14 @@ def test_edge_cases(case: dict[str, Any], tile: str, num_sms: int) -> None:
 def test_many_units_a_block(rows: tuple[int, int, int], tile: str, num_sms: int) -> None:
     # Of one key tile each, and of many: 40 to 440 query tiles.
     problem = Problem(rows, heads=(40, 8), device="cuda", num_sms=num_sms)
-    check(problem, run(problem, "gpu", tile=tile))
+    check(problem, run(problem, "gpu", tile=tile), tile=tile)
 
 
-@pytest.mark.parametrize("window", [False, True])
-def test_tiles_agree_at_the_models_size(window: bool) -> None:
+@pytest.mark.parametrize("window", [False, True], ids=["full", "window"])
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_at_the_models_size(tile: str, window: bool) -> None:
     p = model_problem(CLIPS["256p"], window)
-    rows = sampled(p)
-    for tile in TILES:
-        check(p, run(p, "gpu", tile=tile), run(p, "sdpa"), rows)
+    check(p, run(p, "gpu", tile=tile), run(p, "sdpa"), sampled(p), tile=tile)
 
 
 def test_without_offsets_all_rows_are_used() -> None:
@@ -93,10 +101,11 @@ def test_nan_stays_in_its_row_and_head() -> None:
     problem.tensors["q"][40, 1] = torch.nan
     problem.tensors["v"][7, 1] = torch.nan
     out = run(problem, "gpu")[: problem.live]
-    assert out[40, 1].isnan().all()
-    assert out[:, 2:].isnan().all()
+    says = "is not all NaN"
+    require_equal("the row with a NaN", out[40:41, 1:2], torch.nan, layout="heads", says=says)
+    require_equal("heads of a value with a NaN", out[:, 2:], torch.nan, layout="heads", says=says)
     out[40, 1] = 0
-    assert out[:, :2].isfinite().all()
+    require_finite("other heads", out[:, :2], layout="heads")
 
 
 def test_offsets_that_do_not_fit_leave_no_buffer() -> None:
@@ -107,7 +116,22 @@ def test_offsets_that_do_not_fit_leave_no_buffer() -> None:
     out = whole[: problem.live]
     problem.tensors["modality_offsets"].copy_(torch.tensor([0, 980, 1000, 1010], dtype=torch.int32))
     ops.gated_attention(*problem.inputs, **problem.options, out=out)
-    assert whole[problem.live :].isnan().all()
+    says = "rows beyond the buffer were written"
+    require_equal("out:", whole[problem.live :], torch.nan, layout="heads", says=says)
+
+
+def replayed(graph: torch.cuda.CUDAGraph, out: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What a replay writes, beside what `out` held."""
+
+    def rerun() -> torch.Tensor:
+        before = out.clone()
+        out.fill_(torch.nan)
+        graph.replay()
+        found = out.clone()
+        out.copy_(before)
+        return found
+
+    return rerun
 
 
 @pytest.mark.parametrize(("clip", "window"), MODEL)
@@ -135,12 +159,13 @@ def test_captured_equals_launched_and_serves_another_text() -> None:
     with torch.cuda.graph(graph):
         ops.gated_attention(*p.inputs, **p.options, out=out)
     graph.replay()
-    assert torch.equal(out.nan_to_num(12345), launched.nan_to_num(12345))
+    more: dict[str, Any] = {"layout": "heads", "says": "captured and launched differ"}
+    require_equal("out:", out, launched, rerun=replayed(graph, out), **more)
     # A shorter text: the same graph, other numbers in device memory.
     p.tensors["modality_offsets"][3] -= 133
     out.fill_(torch.nan)
     graph.replay()
     again = run(p, "gpu")
-    assert torch.equal(out.nan_to_num(12345), again.nan_to_num(12345))
-    assert not torch.equal(again[0], launched[0])
+    require_equal("out with a shorter text:", out, again, rerun=replayed(graph, out), **more)
+    require(not torch.equal(again[0], launched[0]), "a shorter text changed nothing")
     p.tensors["modality_offsets"].copy_(offsets)

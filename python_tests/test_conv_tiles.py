@@ -8,7 +8,19 @@ import re
 import pytest
 import torch
 
-from conv_cases import EPS, FORMS, SIZES, TILES, Problem, check, edge_case, make_problem, outputs_of
+from conv_cases import (
+    EPS,
+    FORMS,
+    SIZES,
+    TILE_CASES,
+    TILES,
+    Problem,
+    check,
+    edge_case,
+    make_problem,
+    outputs_of,
+    sizes_on_all,
+)
 from magihuman_fast.decode_plan import Step
 from magihuman_fast.reference.turbo_vae import plan_windows
 from magihuman_fast.turbo_vae import window_plan
@@ -115,6 +127,17 @@ def test_cases_run_with_the_tile_they_are_meant_for(library: ctypes.CDLL) -> Non
                 options = {"phases": phases, "taps_y": taps_y, "num_sms": TILES[tile][1]}
                 lines = verdicts(library, size, p.channels, **options)
                 assert chosen(lines) == name, (kind, tile, index, lines)
+
+
+def test_cases_on_all_multiprocessors_run_with_their_tile(library: ctypes.CDLL) -> None:
+    for kind, ending, tile in TILE_CASES:
+        for index in sizes_on_all(tile):
+            p = edge_case(kind, ending, tile, index)
+            taps_y, _, _, _, phases = FORMS[kind]
+            norm = "normed" in p.options or "out_eps" in p.options
+            options = {"phases": phases, "taps_y": taps_y, "norm": norm, "num_sms": 132}
+            lines = verdicts(library, (p.count, *p.size[1:]), p.channels, **options)
+            assert chosen(lines) == NAMES[tile], (kind, ending, tile, index, lines)
 
 
 def test_shared_memory_is_as_planned(library: ctypes.CDLL) -> None:

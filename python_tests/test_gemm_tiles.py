@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import test_gemm_gpu
 from gemm_cases import KINDS, ROWS_AND_K, Problem, aligned, check, edge_case, make_problem, outputs_of
 from sim_library import TEXT, build_library
 
@@ -68,6 +69,19 @@ def test_cases_run_with_the_tile_they_are_meant_for(library: ctypes.CDLL) -> Non
                 columns = {"gemm_swiglu7": 2 * p.d_cols, "gemm_qkv": p.n - p.heads[0]}.get(kind, p.n)
                 lines = verdicts(library, p.capacity, columns, p.k, p.groups, p.num_sms)
                 assert chosen(lines) == name, (kind, tile, index, lines)
+
+
+@pytest.mark.parametrize("sms", [132, 114])
+def test_model_shapes_run_with_the_tile_they_are_meant_for(library: ctypes.CDLL, sms: int) -> None:
+    """The cases of test_gemm_gpu, on the grids of an H100 and an H200, and of the smaller H100."""
+    for kind, size, k in test_gemm_gpu.LAYERS:
+        columns = 128 * (size[0] + 2 * size[1]) if isinstance(size, tuple) else size
+        columns = 2 * 13696 if kind == "gemm_swiglu7" else columns
+        for rows in test_gemm_gpu.ROWS.values():
+            assert chosen(verdicts(library, sum(rows) + 2, columns, k, 3, sms)) == WIDE
+        num_sms = 1 if size in test_gemm_gpu.TWO_ROUNDS else sms
+        rows = sum(test_gemm_gpu.SQUARE_ROWS) + 2
+        assert chosen(verdicts(library, rows, columns, k, 3, num_sms)) == SQUARE, (kind, size)
 
 
 class GemmBf16Params(ctypes.Structure):

@@ -6,6 +6,8 @@ sampled rows to float64 with the bounds that the simulator's tests use (gemm_cas
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +22,7 @@ from magihuman_fast.config import DiTConfig
 from magihuman_fast.packing import patchify
 from magihuman_fast.reference import operations as reference
 from magihuman_fast.reference.dit import NORM_EPS
-from numerics import rel_err
+from mismatch import require_at_most, require_close, require_equal, require_finite, require_rel_err
 from workload import CLIPS, padded
 
 pytestmark = pytest.mark.gpu
@@ -93,23 +95,48 @@ def problem_of_rows(op: str, s: Setting, inputs: Inputs, rows: torch.Tensor) -> 
     return gemm_cases.Problem(op, counts, n, k, len(rows), heads=heads, d_cols=columns, tensors=tensors)
 
 
+def isolated(op: str, s: Setting, inputs: Inputs, groups: int) -> Callable[[], dict[str, str]] | None:
+    """gemm_cases.isolate of a product of these sizes, for after a failure on a GPU."""
+    if s.backend != "gpu":
+        return None
+    _, n, k = inputs["w"].shape
+    a, b, c, rows = s.clip.offsets
+    counts = (b - a, c - b, rows - c) if groups == 3 else (rows,)
+    heads = (inputs.get("num_q_heads", 0), inputs.get("num_kv_heads", 0))
+    columns = inputs["out"].shape[1] if op == "gemm_swiglu7" else 0
+    problem = gemm_cases.Problem(op, counts, n, k, rows, 0, heads=heads, d_cols=columns, device=s.device)
+    return partial(gemm_cases.isolate, problem, s.backend)
+
+
+def single(op: str, inputs: Inputs, s: Setting, name: str) -> torch.Tensor:
+    return run(op, inputs, s.backend)[name]
+
+
 def check_product(op: str, s: Setting, n: int, k: int, groups: int) -> None:
     inputs = inputs_of(op, s, n, k, groups)
+    facts = {"op": op, "n": n, "k": k, "groups": groups, "offsets": s.clip.offsets}
+    more: dict[str, Any] = {"facts": facts, "isolate": isolated(op, s, inputs, groups)}
     out = run(op, inputs, s.backend)
     again = run(op, inputs, s.backend)
-    for name, got in out.items():
-        assert torch.equal(got, again[name]), f"{name}: two runs differ"
-    del again
+    # Whether it is right comes first: what it is that differs tells more than that it does.
     plain = run(op, inputs, "reference")
     for name, got in out.items():
-        # As gemm_cases.check: what roundings explain, everywhere. In chunks: these tensors are gigabytes.
+        # As gemm_cases.check: what roundings explain, everywhere. Reduced in float32, not in a copy of gigabytes.
         size = plain[name].float().square().mean().sqrt()
-        for part, ref in zip(got.split(4096), plain[name].split(4096), strict=True):
-            bound = 2.0**-6 * ref.float().abs() + 2.0**-5 * size
-            # NaN compares false: an element that was not written fails.
-            assert ((part.float() - ref.float()).abs() <= bound).all(), f"{name} differs from PyTorch"
+
+        def bound(ref: torch.Tensor, size: torch.Tensor = size) -> torch.Tensor:
+            return 2.0**-6 * ref.float().abs() + 2.0**-5 * size
+
+        # NaN compares false: an element that was not written fails.
+        more["rerun"] = partial(again.__getitem__, name)
+        require_close(name, got, plain[name], bound, says="differs from PyTorch", **more)
+    del plain
+    for name, got in out.items():
+        require_equal(f"{name}:", again[name], got, **more | {"rerun": partial(single, op, inputs, s, name)})
     rows = sampled(s.clip.offsets)
-    gemm_cases.check(problem_of_rows(op, s, inputs, rows), {name: x[rows] for name, x in out.items()})
+    problem = problem_of_rows(op, s, inputs, rows)
+    values = {name: x[rows] for name, x in out.items()}
+    gemm_cases.check(problem, values, numbers=rows, isolated=more["isolate"])
 
 
 def check_rows_left_alone(op: str, s: Setting, n: int, k: int, groups: int) -> None:
@@ -120,10 +147,11 @@ def check_rows_left_alone(op: str, s: Setting, n: int, k: int, groups: int) -> N
     values = [0, first_audio, first_text, live]
     inputs["modality_offsets"] = torch.tensor(values, dtype=torch.int32, device=s.device)
     before = written(op, fresh(inputs))
+    facts = {"op": op, "n": n, "k": k, "groups": groups, "offsets": values}
     for name, got in run(op, inputs, s.backend).items():
-        assert torch.equal(got[live:].isnan(), before[name][live:].isnan())
-        assert torch.equal(got[live:].nan_to_num(), before[name][live:].nan_to_num())
-        assert got[:live].isfinite().all()
+        beyond, says = torch.arange(live, rows), "rows beyond the ranges were written"
+        require_equal(f"{name}:", got[live:], before[name][live:], says=says, numbers=beyond, facts=facts)
+        require_finite(name, got[:live], facts=facts)
 
 
 @pytest.mark.parametrize("size", list(CLIPS))
@@ -142,6 +170,10 @@ def test_rows_beyond_the_ranges_are_left_alone(op: str, n: int, k: int, groups: 
 def test_captured_products_equal_launched_ones(op: str, n: int, k: int, groups: int) -> None:
     inputs = inputs_of(op, gpu_setting("256p"), n, k, groups)
     launched = run(op, inputs, "gpu")
+
+    def launch(name: str) -> torch.Tensor:
+        return run(op, inputs, "gpu")[name]
+
     given = fresh(inputs)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -150,7 +182,8 @@ def test_captured_products_equal_launched_ones(op: str, n: int, k: int, groups: 
     graph.replay()
     torch.cuda.synchronize()
     for name, got in written(op, given).items():
-        assert torch.equal(got, launched[name]), name
+        says = "captured and launched differ"
+        require_equal(name, got, launched[name], says=says, rerun=partial(launch, name))
 
 
 # --- pointwise ------------------------------------------------------------------------------------------------
@@ -166,31 +199,36 @@ def check_norm(s: Setting, groups: int) -> None:
     given = norm_inputs(s, groups)
     out = ops.rms_norm(**given | {"out": torch.full_like(given["out"], torch.nan)}, backend=s.backend)
     bounds = s.clip.offsets if groups == 3 else (0, s.clip.rows)
-    for expert, (a, b) in zip(given["weight"], pairwise(bounds), strict=True):
-        for got, rows in zip(out[a:b].split(4096), given["x"][a:b].split(4096), strict=True):
-            ref = norm64(rows, expert)
+    for i, (expert, (a, b)) in enumerate(zip(given["weight"], pairwise(bounds), strict=True)):
+        for first in range(a, b, 4096):
+            rows = slice(first, min(first + 4096, b))
+            ref = norm64(given["x"][rows], expert)
             # Half a unit of bfloat16's last place, and where float32 puts a value beyond the middle.
-            assert ((got.double() - ref).abs() <= (2**-8 + 1e-5) * ref.abs()).all()
+            bound = (2**-8 + 1e-5) * ref.abs()
+            numbers = torch.arange(rows.start, rows.stop)
+            require_close("rms_norm", out[rows], ref, bound, numbers=numbers, facts={"expert": i})
 
 
 def linear_within(
-    got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | float = 0.0
+    name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | float = 0.0
 ) -> None:
     """Float32's own error: 1e-6 of the sum of the terms' magnitudes, element by element and as a whole."""
     bias = torch.as_tensor(bias, device=x.device).double()
     ref = F.linear(x.double(), weight.double()) + bias
     size = F.linear(x.double().abs(), weight.double().abs()) + bias.abs()
-    assert ((got.double() - ref).abs() <= 1e-6 * size).all()
-    assert rel_err(got, ref) <= 1e-6
+    require_close(name, got, ref, 1e-6 * size)
+    require_rel_err(name, got, ref, 1e-6, bound=1e-6 * size)
 
 
 def check_embed(s: Setting) -> None:
     given = pointwise_inputs("embed", s)
     out = ops.embed(**given | {"out": torch.full_like(given["out"], torch.nan)}, backend=s.backend)
     _, audio, text, rows = s.clip.offsets
-    linear_within(out[:audio], patchify(given["video"]), given["video_weight"], given["video_bias"])
-    linear_within(out[audio:text], given["audio"], given["audio_weight"], given["audio_bias"])
-    assert torch.equal(out[text:rows], given["text_embedding"])
+    linear_within(
+        "embed: video", out[:audio], patchify(given["video"]), given["video_weight"], given["video_bias"]
+    )
+    linear_within("embed: audio", out[audio:text], given["audio"], given["audio_weight"], given["audio_bias"])
+    require_equal("embed: text", out[text:rows], given["text_embedding"], says="is not what was given")
 
 
 def check_head(s: Setting) -> None:
@@ -202,8 +240,10 @@ def check_head(s: Setting) -> None:
     # Back to tokens with channels (ph, pw, c): the inverse of the model's unpatching.
     tokens = video.reshape(c, t, h // 2, 2, w // 2, 2).permute(1, 2, 4, 3, 5, 0).reshape(-1, 4 * c)
     x = given["x"]
-    linear_within(tokens, norm64(x[:first_audio], given["video_norm"]), given["video_weight"])
-    linear_within(audio, norm64(x[first_audio:first_text], given["audio_norm"]), given["audio_weight"])
+    linear_within("head: video", tokens, norm64(x[:first_audio], given["video_norm"]), given["video_weight"])
+    linear_within(
+        "head: audio", audio, norm64(x[first_audio:first_text], given["audio_norm"]), given["audio_weight"]
+    )
 
 
 def check_update(s: Setting, op: str) -> None:
@@ -215,8 +255,10 @@ def check_update(s: Setting, op: str) -> None:
     getattr(ops, op)(**given, backend=s.backend)
     getattr(reference, op)(**doubles)
     for name in names:
-        assert rel_err(given[name], doubles[name]) <= 1e-6, name
-        assert (given[name].double() - doubles[name]).abs().max() <= 1e-5, name
+        got, ref = given[name], doubles[name]
+        require_rel_err(f"{op}: {name}", got, ref, 1e-6, bound=1e-5)
+        error = (got.double() - ref).abs().max()
+        require_at_most(f"{op}: {name}", error, 1e-5, got=got, ref=ref, bound=1e-5)
 
 
 @pytest.mark.parametrize("size", ["256p", "1080p"])
@@ -246,7 +288,7 @@ def test_embed_text() -> None:
     text, weight = s.normal(400, MODEL.text_in_channels), s.normal(H, MODEL.text_in_channels, scale=0.02)
     bias = s.normal(H, scale=0.02)
     out = torch.full((400, H), torch.nan, device=s.device)
-    linear_within(ops.embed_text(text, weight, bias, out=out), text, weight, bias)
+    linear_within("embed_text", ops.embed_text(text, weight, bias, out=out), text, weight, bias)
 
 
 def test_advance_step() -> None:

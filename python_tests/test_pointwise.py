@@ -11,7 +11,7 @@ from backends import BACKENDS, beyond_rows, device_of, offsets_tensor, poisoned,
 from magihuman_fast import ops
 from magihuman_fast.packing import patchify, unpatchify
 from magihuman_fast.sampler import UniPC, flow_sigmas, renoise, unipc_steps
-from numerics import rel_err
+from mismatch import require_close, require_equal, require_rel_err
 
 # Offsets (0, Nv, Nv + Na, L) in M rows: everything in use, rows to spare, each modality empty, all of them empty.
 NORMS = [
@@ -64,9 +64,8 @@ def test_rms_norm(
         )
         got = out[:live].cpu().double()
         # Half a unit of bfloat16's last place, and 1e-5 for where float32 puts a value beyond the middle.
-        assert ((got - expected).abs() <= (2**-8 + 1e-5) * expected.abs()).all()
-        assert out[live:].isnan().all()
-        assert beyond_rows(out).isnan().all()
+        require_close("rms_norm", got, expected, (2**-8 + 1e-5) * expected.abs())
+        untouched(out, live)
 
 
 # (C, T, H, W), audio channels, width, Na and the room for it, Nt and the room for it.
@@ -80,10 +79,23 @@ GRIDS = [
 ]
 
 
-def within(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> bool:
+def require_within(name: str, got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> None:
     """Every element within 1e-6 of the sum of its terms' magnitudes, and the whole within 1e-6: float32's own error."""
-    close = bool(((got.double() - expected).abs() <= 1e-6 * size).all())
-    return close and (got.numel() == 0 or rel_err(got, expected) <= 1e-6)
+    require_close(name, got, expected, 1e-6 * size)
+    if got.numel() > 0:
+        require_rel_err(name, got, expected, 1e-6, bound=1e-6 * size)
+
+
+def require_near(
+    name: str, got: torch.Tensor, expected: torch.Tensor, *, rtol: float, atol: float, **facts: int
+) -> None:
+    require_close(name, got, expected, atol + rtol * expected.abs(), facts=facts)
+
+
+def untouched(out: torch.Tensor, live: int) -> None:
+    """NaN still, beyond the rows in use and between the rows."""
+    require_equal("out:", out[live:], torch.nan, says="rows beyond the ranges were written")
+    require_equal("out:", beyond_rows(out), torch.nan, says="elements between the rows were written")
 
 
 @pytest.mark.parametrize(("grid", "channels", "h", "audio_rows", "text_rows"), GRIDS)
@@ -128,10 +140,10 @@ def test_embed(
             backend=backend,
         )
         got = out.cpu()
-        assert within(got[: offsets[2]], expected, size)
-        assert torch.equal(got[offsets[2] : offsets[3]], text[: text_rows[0]])
-        assert got[offsets[3] :].isnan().all()
-        assert beyond_rows(out).isnan().all()
+        require_within("embed: video and audio", got[: offsets[2]], expected, size)
+        copied = got[offsets[2] : offsets[3]]
+        require_equal("embed: text", copied, text[: text_rows[0]], says="is not what was given")
+        untouched(out, offsets[3])
 
 
 @pytest.mark.parametrize(
@@ -146,7 +158,7 @@ def test_embed_text(backend: ops.Backend, rows: int, channels: int, h: int, sche
     for _ in runs(backend, schedules):
         out = torch.full((rows, h), torch.nan, device=device)
         ops.embed_text(text.to(device), weight.to(device), bias.to(device), out=out, backend=backend)
-        assert within(out.cpu(), expected, size)
+        require_within("embed_text", out.cpu(), expected, size)
 
 
 # (C, T, H, W), audio channels, width, Na and the room for it, text rows, schedules.
@@ -199,9 +211,11 @@ def test_head(
             audio_out=audio,
             backend=backend,
         )
-        assert within(video.cpu(), unpatchify(expected[0], patches), unpatchify(sizes[0], patches))
-        assert within(audio[: audio_rows[0]].cpu(), expected[1], sizes[1])
-        assert audio[audio_rows[0] :].isnan().all()
+        wanted, size = (unpatchify(x[0], patches) for x in (expected, sizes))
+        require_within("head: video", video.cpu(), wanted, size)
+        require_within("head: audio", audio[: audio_rows[0]].cpu(), expected[1], sizes[1])
+        rest, says = audio[audio_rows[0] :], "rows beyond the ranges were written"
+        require_equal("head: audio:", rest, torch.nan, says=says)
 
 
 def test_embed_and_head_use_their_own_patch_orders(backend: ops.Backend) -> None:
@@ -268,7 +282,7 @@ def test_renoise_step(backend: ops.Backend, shape: tuple[int, ...]) -> None:
             )
             ops.advance_step(step, backend=backend)
             expected = renoise(expected, velocity, noise[i], sigmas[i], sigmas[i + 1])
-            torch.testing.assert_close(x.cpu(), expected, rtol=1e-6, atol=1e-6)
+            require_near("renoise_step", x.cpu(), expected, rtol=1e-6, atol=1e-6, step=i)
         # Past the end, and before the start, nothing happens.
         before = x.clone()
         for outside in (steps, -1):
@@ -276,7 +290,7 @@ def test_renoise_step(backend: ops.Backend, shape: tuple[int, ...]) -> None:
             ops.renoise_step(
                 x, before, noise.to(device), renoise_table(sigmas).to(device), step, backend=backend
             )
-            assert torch.equal(x, before)
+            require_equal("renoise_step", x, before, says="does something beyond the last step")
 
 
 @pytest.mark.parametrize("grid", [(2, 1, 2, 2), (4, 3, 6, 10), (48, 2, 4, 28), (6, 2, 34, 60)])
@@ -286,7 +300,7 @@ def test_clamp_image(backend: ops.Backend, grid: tuple[int, int, int, int]) -> N
     expected = torch.cat([image.unsqueeze(1), video[:, 1:]], dim=1)
     for _ in runs(backend, 13):
         out = ops.clamp_image(video.to(device, copy=True), image.to(device), backend=backend)
-        assert torch.equal(out.cpu(), expected)
+        require_equal("clamp_image", out.cpu(), expected, says="is no copy")
 
 
 def unipc_table(sigmas: np.ndarray) -> torch.Tensor:
@@ -322,7 +336,7 @@ def test_unipc_step(backend: ops.Backend, shape: tuple[int, ...], guided: str) -
                 velocity = null + scales[i].reshape(-1, 1, 1) * (velocity - null)
             expected = solver.step(velocity, expected)
             # Factors of up to 10 on either side of a difference: a few units in the last place of 10.
-            torch.testing.assert_close(x.cpu(), expected, rtol=2e-6, atol=1e-5)
+            require_near("unipc_step", x.cpu(), expected, rtol=2e-6, atol=1e-5, step=i)
         assert int(step) == steps
         ops.unipc_step(x, x, x_last, history, table, step, backend=backend)
-        torch.testing.assert_close(x.cpu(), expected, rtol=2e-6, atol=1e-5)
+        require_near("unipc_step beyond the last", x.cpu(), expected, rtol=2e-6, atol=1e-5)

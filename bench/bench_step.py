@@ -4,8 +4,8 @@
     python bench/bench_step.py                    # elsewhere: a tiny step of PyTorch operations, timed one by one
 
 The launches that a step makes are known beforehand, in order (`step_launches`), so each kernel that the profiler saw is
-paired with its operation, shape and work. Floors are the arithmetic or the bytes at the rates that a large product and
-a large copy reach in the same run.
+paired with its operation, shape and work; what else it saw is told. Floors are the arithmetic or the bytes at the rates
+that a large product and a large copy reach in the same run.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ class Timed:
     gap: float
 
 
+Event = tuple[str, float, float]
+"""What ran on the device: name, start and end in seconds."""
+
+
 def step_launches(config: DiTConfig, clip: Tokens, spec: StepSpec) -> list[Launch]:
     """Every launch of one step, in order."""
     h, rows = config.hidden_size, clip.rows
@@ -127,7 +131,7 @@ def step_launches(config: DiTConfig, clip: Tokens, spec: StepSpec) -> list[Launc
 
 
 @contextmanager
-def recorded(seen: list[tuple[str, float, float]]) -> Iterator[None]:
+def recorded(seen: list[Event]) -> Iterator[None]:
     """While this lasts, every operation adds its name, start and end to `seen`: for backends whose calls wait."""
     names = {launch.op for kind in KINDS for launch in step_launches(TINY.config, TINY.clip, toy_spec(kind))}
     replaced = [(ops, name, name, getattr(ops, name)) for name in names if hasattr(ops, name)]
@@ -152,8 +156,8 @@ def recorded(seen: list[tuple[str, float, float]]) -> Iterator[None]:
             setattr(module, attribute, function)
 
 
-def profiled(graph: StepGraph) -> list[tuple[str, float, float]]:
-    """Kernels of one replay as the profiler saw them, by start: name, start and end in seconds."""
+def profiled(graph: StepGraph) -> list[Event]:
+    """What the profiler saw on the device in one replay, by start; copies and fills too."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -170,21 +174,42 @@ def is_kernel_of(op: str, name: str) -> bool:
     return name == op or KERNEL_NAMES.get(op, f"{op}_sm90") in name
 
 
-def paired(launches: Sequence[Launch], seen: Sequence[tuple[str, float, float]]) -> list[Timed]:
-    """Each launch with its time. Their names must agree, but for that of torch's own kernel.
+def is_torch_kernel(name: str) -> bool:
+    return name == "keep_frame" or not ("_sm90" in name or name.startswith(("Memcpy", "Memset")))
+
+
+def next_of(launch: Launch, seen: Sequence[Event], first: int) -> int | None:
+    """Where in `seen`, from `first` on, this launch is. Torch's own kernel has a name that may change."""
+    rest = range(first, len(seen))
+    if launch.op != "keep_frame":
+        return next((i for i in rest if is_kernel_of(launch.op, seen[i][0])), None)
+    likely = next((i for i in rest if "where" in seen[i][0].lower()), None)
+    return next((i for i in rest if is_torch_kernel(seen[i][0])), None) if likely is None else likely
+
+
+def paired(launches: Sequence[Launch], seen: Sequence[Event]) -> tuple[list[Timed], list[Event]]:
+    """Each launch with its time, in order and by name, and the events between them that are no launch of the step.
 
     Raises:
-        ValueError: another number of kernels, or another order, than the step's launches.
+        ValueError: the profiler did not see all launches, or not in their order.
     """
-    if len(launches) != len(seen):
-        raise ValueError(f"step: expected {len(launches)} launches, the profiler saw {len(seen)}")
-    found, before = [], seen[0][1]
-    for launch, (name, start, end) in zip(launches, seen, strict=True):
-        if launch.op != "keep_frame" and not is_kernel_of(launch.op, name):
-            raise ValueError(f"step: expected {launch.op} ({launch.shape}), the profiler saw {name}")
+    found: list[Timed] = []
+    others: list[Event] = []
+    first = 0
+    for number, launch in enumerate(launches):
+        at = next_of(launch, seen, first)
+        if at is None:
+            odd = next((name for name, _, _ in [*others, *seen[first:]]), "nothing more")
+            raise ValueError(
+                f"step: expected {launch.op} ({launch.shape}), launch {number + 1} of {len(launches)}, in its "
+                f"place; of {len(seen)} events the profiler saw none; the first without a launch is {odd}"
+            )
+        others += seen[first:at]
+        _, start, end = seen[at]
+        before = seen[first - 1][2] if found else start
         found.append(Timed(launch, end - start, start - before))
-        before = end
-    return found
+        first = at + 1
+    return found, [*others, *seen[first:]]
 
 
 def table(timed: Sequence[Timed], ceilings: Ceilings) -> list[str]:
@@ -278,19 +303,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         seen = []
         with recorded(seen):
             graph.replay()
-    timed = paired(step_launches(config, clip, spec), seen)
-    print("\n".join(table(timed, ceilings)))
     machine = describe_machine()
     kept = default_path(machine)
     path = args.out or (kept.parent / "step" / f"{args.clip}-{kept.name}" if on_gpu else None)
-    if path is not None:
-        record = {"machine": machine, "clip": clip.name, "capture_seconds": graph.capture_seconds}
-        record |= {
-            "ceilings": dataclasses.asdict(ceilings),
-            "launches": [dataclasses.asdict(t) for t in timed],
-        }
-        write(path, record)
-        print(f"wrote {path}")
+    record = {"machine": machine, "clip": clip.name, "capture_seconds": graph.capture_seconds}
+    record |= {"ceilings": dataclasses.asdict(ceilings), "events": seen}
+    try:
+        timed, others = paired(step_launches(config, clip, spec), seen)
+        record |= {"launches": [dataclasses.asdict(t) for t in timed], "others": others}
+        print("\n".join(table(timed, ceilings)))
+        for name, start, end in others:
+            print(f"no launch of the step: {name}, {1e6 * (end - start):.1f} us")
+    except ValueError as error:
+        # What was seen is kept: it cannot be had again without the machine.
+        record["error"] = str(error)
+        raise
+    finally:
+        if path is not None:
+            write(path, record)
+            print(f"wrote {path}")
     return 0
 
 

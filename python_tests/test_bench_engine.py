@@ -31,7 +31,7 @@ SECOND = Ceilings(copy_bytes=1.0, bf16_flops=1.0, note="of a test")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_launches_are_those_of_a_step(kind: str) -> None:
-    """In order, and nothing else: what the profiler sees is paired with them by position."""
+    """In order, and all of them: what the profiler sees is paired with them by name, whatever lies between."""
     spec = dataclasses.replace(toy_spec(kind), frame_window=1)
     config = dataclasses.replace(TINY.config, local_attn_layers=(1,))
     graph = StepGraph(KernelDiT(random_dit(config, device="cpu"), backend="reference"), spec)
@@ -42,11 +42,32 @@ def test_launches_are_those_of_a_step(kind: str) -> None:
         graph.replay()
     assert torch.where is where
     assert bench_step.ops.rms_norm is norm
-    timed = paired(step_launches(config, TINY.clip, spec), seen)
+    launches = step_launches(config, TINY.clip, spec)
+    timed, others = paired(launches, seen)
+    assert [t.launch for t in timed] == launches
     assert all(t.seconds > 0 and t.gap >= 0 for t in timed)
-    for wrong in (seen[1:], [*seen[:2], seen[3], seen[2], *seen[4:]]):
-        with pytest.raises(ValueError, match=r"step: expected .* the profiler saw"):
-            paired(step_launches(config, TINY.clip, spec), wrong)
+    assert not others
+    for wrong in (seen[1:], seen[:-1], [*seen[:2], seen[3], seen[2], *seen[4:]], []):
+        with pytest.raises(ValueError, match=r"step: expected .* the profiler saw none"):
+            paired(launches, wrong)
+    for number in range(len(seen)):
+        with pytest.raises(ValueError, match=rf"of {len(seen) - 1} events the profiler saw none"):
+            paired(launches, seen[:number] + seen[number + 1 :])
+
+
+def test_events_that_are_no_launch_are_told() -> None:
+    launches = [Launch(op, "", 0, 1) for op in ("rms_norm", "gemm_qkv", "keep_frame")]
+    names = ("Memset (Device)", "rms_norm_sm90", "vectorized_elementwise_kernel", "QkvEpilogue gemm_sm90")
+    names += ("Memcpy DtoD", "elementwise_kernel<where_kernel_impl>", "Memcpy DtoH")
+    seen = [(name, 10.0 * i, 10.0 * i + 4) for i, name in enumerate(names)]
+    timed, others = paired(launches, seen)
+    assert [(t.seconds, t.gap) for t in timed] == [(4.0, 0.0), (4.0, 16.0), (4.0, 16.0)]
+    assert [name for name, _, _ in others] == [names[0], names[2], names[4], names[6]]
+    # Torch's kernel under another name; a copy is none.
+    renamed = [*seen[:5], ("elementwise_kernel<select>", 50.0, 54.0), seen[6]]
+    assert paired(launches, renamed)[0][2].gap == 16.0
+    with pytest.raises(ValueError, match=r"expected keep_frame .*launch 3 of 3"):
+        paired(launches, [*seen[:5], seen[6]])
 
 
 def test_compiled_kernels_are_told_by_their_names() -> None:
@@ -91,7 +112,18 @@ def test_step_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     out = capsys.readouterr().out
     assert "no figures of the model" in out
     assert "gaps" in out
-    assert len(json.loads((tmp_path / "step.json").read_text())["launches"]) == 29
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert len(record["launches"]) == len(record["events"]) == 29
+    assert record["others"] == []
+
+
+def test_step_script_keeps_what_it_cannot_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_step, "step_launches", lambda *_: [Launch("gemm_fp8", "1 x 1", 1, 1)])
+    with pytest.raises(ValueError, match="expected gemm_fp8"):
+        bench_step.main(["--out", str(tmp_path / "step.json")])
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert "expected gemm_fp8" in record["error"]
+    assert record["machine"]["torch"]
 
 
 def test_whole_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

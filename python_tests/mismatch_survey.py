@@ -84,7 +84,8 @@ class Compared:
         return cls(rule, got.reshape(lines, width), ref.reshape(lines, width), bound, layout, shape, known)
 
     def with_got(self, got: Tensor) -> Compared:
-        return replace(self, got=got.detach().reshape(self.got.shape))
+        """Another run's elements in place of these, which may have been widened or moved since."""
+        return replace(self, got=got.detach().reshape(self.got.shape).to(self.got))
 
     def against(self, other: Compared) -> Compared:
         """This one's elements beside the other's, bit by bit."""

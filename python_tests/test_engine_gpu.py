@@ -20,10 +20,12 @@ from magihuman_fast.dit import ClipShape, KernelDiT
 from magihuman_fast.engine import Engine
 from magihuman_fast.generation import Beside
 from magihuman_fast.graph import StepGraph, StepSpec
+from magihuman_fast.memory_plan import RESERVE_BYTES
 from magihuman_fast.packing import PackedTokens, WindowRange
 from magihuman_fast.reference.dit import DiT, windowed_layers
 from magihuman_fast.synthetic import random_dit_tensors
 from magihuman_fast.synthetic.device import random_dit, random_pipeline
+from mismatch import require, require_at_most, require_equal, require_rel_err
 from numerics import rel_err
 from test_kernel_dit import CONFIG
 
@@ -88,9 +90,11 @@ def test_drift_of_a_whole_run(scale: Scale) -> None:
         return of.sample_distilled(*scale.latents(1), text, steps=8, noise=scale.noise(2))
 
     exact = sampler.sample_distilled(Exact(dit), *scale.latents(1), text, steps=8, noise=scale.noise(2))
-    for got, peer, ref in zip(run(kernels), run(plain), exact, strict=True):
-        assert rel_err(got, ref) <= 2 * rel_err(peer, ref)
-        assert (got - ref).abs().max() <= 4 * (peer - ref).abs().max()
+    for part, got, peer, ref in zip(("video", "audio"), run(kernels), run(plain), exact, strict=True):
+        worst = (peer - ref).abs().max()
+        require_rel_err(part, got, ref, 2 * rel_err(peer, ref), bound=4 * worst)
+        largest = (got - ref).abs().max()
+        require_at_most(f"{part}:", largest, 4 * worst, got=got, ref=ref, bound=4 * worst)
 
 
 def test_exact_is_float32() -> None:
@@ -131,9 +135,9 @@ def test_any_text_on_one_graph(scale: Scale, kind: str) -> None:
     fresh = StepGraph(dit, spec)
     eager = StepGraph(dit, spec)
     eager._graph = None
-    for other in (fresh, eager):
-        for got, ref in zip(second, run(other, 3), strict=True):
-            assert torch.equal(got, ref)
+    for name, other in (("fresh", fresh), ("eager", eager)):
+        for part, got, ref in zip(("video", "audio"), second, run(other, 3), strict=True):
+            require_equal(part, got, ref, says=f"of a used and a {name} graph differ")
 
 
 def toy_pipeline(device: str, backend: ops.Backend) -> MagiHumanPipeline:
@@ -186,15 +190,18 @@ def test_two_threads(device: str, backend: ops.Backend, count: int) -> None:
 
 @pytest.mark.gpu
 def test_memory_is_what_was_planned() -> None:
-    """5 seconds of 256p at full size, all but the text encoder's depth: never more than the plan says."""
+    """5 seconds of 256p at full size, all but the text encoder's depth: never more than the plan says, and beside the
+    weights what the plan leaves alone for what is counted nowhere."""
     pytest.importorskip("diffusers")
     pipe = random_pipeline("full", device="cuda")
     torch.cuda.reset_peak_memory_stats()
     plan = next(p for p in pipe.memory_plan() if (p.preset, p.text_encoder) == ("256p", "device"))
-    assert torch.cuda.memory_allocated() <= 1.02 * plan.weight_bytes
+    held = torch.cuda.memory_allocated()
+    require(held <= 1.02 * plan.weight_bytes, "weights take more than planned", held=held, plan=str(plan))
     pipe.setup()
     pipe("A woman says hello.")
-    assert torch.cuda.max_memory_allocated() <= 1.02 * plan.kept_bytes
+    most, limit = torch.cuda.max_memory_allocated(), plan.kept_bytes + RESERVE_BYTES
+    require(most <= limit, "a clip takes more than planned", most=most, limit=limit, plan=str(plan))
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from magihuman_fast.dit import Activations, ClipShape, KernelDiT, Prompt, kernel
 from magihuman_fast.errors import InputError
 from magihuman_fast.reference.dit import DiT
 from magihuman_fast.synthetic import random_dit_tensors
+from mismatch import require_at_most, require_equal, require_finite, require_rel_err
 from numerics import rel_err
 from test_dit import NAMES, frame_window, inputs
 
@@ -87,7 +88,7 @@ def test_forward(backend: ops.Backend, name: str) -> None:
     out = run(dit, *inputs(golden), golden.meta["coords_style"], frame_window(golden))
     for part, velocity in zip(("video", "audio"), out, strict=True):
         bound = 1.25 * float(golden.meta[f"rel_err_{part}"])
-        assert rel_err(velocity, golden.batch0(f"out_fp32.{part}")) <= bound
+        require_rel_err(f"{name}: {part}", velocity, golden.batch0(f"out_fp32.{part}"), bound)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,10 +100,14 @@ def test_against_float32(backend: ops.Backend) -> None:
     for count in (1, MAX_TEXT_TOKENS):
         text = torch.randn(count, 64)
         truth, rounded = exact.velocity(video, audio, text), plain.velocity(video, audio, text)
-        for got, ref, peer in zip(run(dit, video, audio, text), truth, rounded, strict=True):
-            assert rel_err(got, ref) <= 2 * rel_err(peer, ref)
+        outs = run(dit, video, audio, text)
+        for part, got, ref, peer in zip(("video", "audio"), outs, truth, rounded, strict=True):
+            worst = (peer - ref).abs().max()
+            more: dict[str, Any] = {"bound": 4 * worst, "facts": {"text": count}}
+            require_rel_err(part, got, ref, 2 * rel_err(peer, ref), **more)
             # One wrong tile of rows is lost in a norm over everything.
-            assert (got - ref).abs().max() <= 4 * (peer - ref).abs().max()
+            largest = (got - ref).abs().max()
+            require_at_most(f"{part}:", largest, 4 * worst, got=got, ref=ref, **more)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,8 +127,9 @@ def test_the_last_layer_computes_no_text(backend: ops.Backend) -> None:
         assert torch.equal(a.x[rows], before[rows]) == is_last
         assert torch.equal(a.h[rows], normed[rows]) == is_last  # nor is their attention
         assert not torch.equal(a.x[: rows.start], before[: rows.start])
-        assert a.x[: rows.stop].isfinite().all()
-        assert a.x[rows.stop :].isnan().all()
+        require_finite("x", a.x[: rows.stop], facts={"layer": i})
+        says = "rows beyond the ranges were written"
+        require_equal("x:", a.x[rows.stop :], torch.nan, says=says, facts={"layer": i})
 
 
 def test_schedules_do_not_matter() -> None:

@@ -15,9 +15,10 @@ from magihuman_fast import ops, sampler
 from magihuman_fast.dit import ClipShape, KernelDiT
 from magihuman_fast.errors import InputError
 from magihuman_fast.graph import NO_STEP, StepGraph, StepSpec
-from numerics import rel_err
+from mismatch import require_equal, require_rel_err
 from test_kernel_dit import CONFIG, golden_model, random_model
 
+PARTS = ("video", "audio")
 SHAPE = ClipShape(3, 4, 6, 9)
 DISTILLED = StepSpec(SHAPE, "renoise", max_steps=8)
 
@@ -111,10 +112,10 @@ def recorded(golden: Golden, backend: ops.Backend) -> tuple[torch.Tensor, torch.
 def test_recorded_run(backend: ops.Backend, name: str, bound: float) -> None:
     golden = load_golden(f"sampler/{name}")
     video, audio = recorded(golden, backend)
-    assert rel_err(video, golden.batch0("out.video")) <= bound
-    assert rel_err(audio, golden.batch0("out.audio")) <= bound
+    require_rel_err("video", video, golden.batch0("out.video"), bound)
+    require_rel_err("audio", audio, golden.batch0("out.audio"), bound)
     if "in.image_latent" in golden:
-        assert torch.equal(video[:, :1], golden.batch0("in.image_latent"))
+        require_equal("image", video[:, :1], golden.batch0("in.image_latent"), says="is not what was given")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,11 +128,12 @@ def test_one_graph_serves_every_prompt(backend: ops.Backend) -> None:
     driven["fixed_audio"] = True
     for data in (held, driven, given(3, 1), held):
         ours, fresh = finish(used, data), finish(StepGraph(dit, DISTILLED), data)
-        for got, ref in zip(ours, fresh, strict=True):
-            assert torch.equal(got, ref)
+        for part, got, ref in zip(PARTS, ours, fresh, strict=True):
+            require_equal(part, got, ref, says="of a used graph differs")
     out = finish(used, held)
-    assert torch.equal(out[0][:, :1].cpu(), held["image_latent"])
-    assert torch.equal(finish(used, driven)[1].cpu(), driven["audio"])
+    says = "is not what was given"
+    require_equal("image", out[0][:, :1].cpu(), held["image_latent"], says=says)
+    require_equal("sound", finish(used, driven)[1].cpu(), driven["audio"], says=says)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -150,8 +152,9 @@ def test_guided_solver_starts_anew(backend: ops.Backend) -> None:
     for solver in (used.video, used.audio):
         solver.x_last.fill_(torch.nan)
         solver.history.fill_(torch.nan)
-    for got, ref in zip(finish(used, data(2)), finish(StepGraph(dit, spec), data(2)), strict=True):
-        assert torch.equal(got, ref)
+    outs = finish(used, data(2)), finish(StepGraph(dit, spec), data(2))
+    for part, got, ref in zip(PARTS, *outs, strict=True):
+        require_equal(part, got, ref, says="of a used graph differs")
 
 
 def test_steps_beyond_the_last_change_nothing() -> None:
@@ -230,11 +233,11 @@ def test_replay_equals_eager(kind: Any) -> None:
     eager._graph = None
     for graph in (captured, eager):
         graph.begin(**moved(data, dit.device))
-    for _ in range(5):
+    for step in range(5):
         captured.replay()
         eager.replay()
-        for got, ref in zip(captured.latents(), eager.latents(), strict=True):
-            assert torch.equal(got, ref)
+        for part, got, ref in zip(PARTS, captured.latents(), eager.latents(), strict=True):
+            require_equal(part, got, ref, says="of replay and eager differ", facts={"step": step})
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from math import log10, prod
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import conv_cases
 import decoder_cases
 from kernel_cases import TINY, Inputs, Setting, gpu_setting
 from magihuman_fast import ops
@@ -23,6 +25,15 @@ from magihuman_fast.reference.turbo_vae import num_frames, to_uint8
 from magihuman_fast.synthetic.turbo_vae import TINY_CONFIG
 from magihuman_fast.turbo_vae import TurboVAE, Workspace, workspace_bytes
 from magihuman_fast.turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
+from mismatch import (
+    Mismatch,
+    require,
+    require_at_most,
+    require_close,
+    require_equal,
+    require_finite,
+    require_rel_err,
+)
 from numerics import rel_err
 from test_turbo_vae import random_latent
 from test_turbo_vae_kernels import LATENTS, PUBLISHED
@@ -58,17 +69,31 @@ def check_parity(values: Mapping[str, Any], latent: Tensor, device: str, backend
     frames = vae.decode_frames(latent)
     video = vae.decode(latent)
     assert frames.shape == (num_frames(latent.shape[1]), *truth.shape[2:], 3)
-    assert torch.equal(frames, to_uint8(video).cpu())
-    assert rel_err(video, truth) <= 2 * rel_err(in_bf16, truth)
+    pixels: dict[str, Any] = {"layout": "pixels"}
+    of_picture = to_uint8(video).cpu()
+    require_equal("frames", frames, of_picture, says="are not those of the picture", **pixels)
+    got, ref, peer = (in_pixels(x) for x in (video, truth, in_bf16))
+    # Where it is over twice PyTorch's: of the element's own error, or of the usual one.
+    usual = (peer - ref).square().mean().sqrt()
+    pixels["rerun"] = lambda: in_pixels(vae.decode(latent))
+    limit = 2 * rel_err(in_bf16, truth)
+    require_rel_err("video", got, ref, limit, bound=2 * (peer - ref).abs() + 4 * usual, **pixels)
     wanted = to_uint8(truth).cpu()
     found, by_torch = psnr(frames, wanted), psnr(to_uint8(in_bf16).cpu(), wanted)
-    assert found >= by_torch - 6.1  # twice the error
+    require(found >= by_torch - 6.1, "PSNR is under that of half PyTorch's error", dB=found, torch=by_torch)
     # An error of one tile would vanish in the whole: no 16 x 16 block of any frame is off by more than a few times.
     worst = (video - truth).square().unfold(2, 16, 16).unfold(3, 16, 16).mean((-1, -2)).sqrt().max()
     bound = (in_bf16 - truth).square().unfold(2, 16, 16).unfold(3, 16, 16).mean((-1, -2)).sqrt().max()
-    assert worst <= 2 * bound
-    assert torch.equal(vae.decode(latent), video)  # the same bits again
+    says = "is over twice PyTorch's error in one block"
+    pixels |= {"got": got, "ref": ref, "bound": 2 * (peer - ref).abs() + 4 * usual}
+    require_at_most("video", worst, 2 * bound, says=says, **pixels)
+    require_equal("video:", in_pixels(vae.decode(latent)), got, layout="pixels", rerun=pixels["rerun"])
     return found
+
+
+def in_pixels(video: Tensor) -> Tensor:
+    """(3, T, H, W) as (T, H, W, 3)."""
+    return video.permute(1, 2, 3, 0)
 
 
 def test_gpu_parity_check_holds_in_the_simulator() -> None:
@@ -89,13 +114,51 @@ def check_layer(step: Step, s: Setting) -> None:
         empty = given[name].dtype == torch.uint8
         found[name] = torch.full_like(given[name], 77 if empty else torch.nan)
     getattr(ops, step.op)(**found, backend=s.backend)
+    more: dict[str, Any] = {"layout": "pixels", "facts": facts_of(step)}
+    if s.backend == "gpu" and step.op in conv_cases.FORMS:
+        more["isolate"] = partial(isolated, step)
+
+    def rerun(name: str, frames: slice) -> Tensor:
+        again = dict(given)
+        for other in names:
+            empty = given[other].dtype == torch.uint8
+            again[other] = torch.full_like(given[other], 77 if empty else torch.nan)
+        getattr(ops, step.op)(**again, backend=s.backend)
+        return again[name][frames]
+
     for name in names:
-        assert all(frame.isfinite().all() for frame in found[name]), f"{name} of {step.op}: elements missing"
+        for t, frame in enumerate(found[name]):
+            if frame.is_floating_point():
+                once_more = partial(rerun, name, slice(t, t + 1))
+                require_finite(f"{name} of {step.op}", frame[None], numbers=[t], rerun=once_more, **more)
     for wanted, frames in some_frames(step, given, names):
         getattr(ops, step.op)(**wanted, backend="reference")
         for name in names:
             for t in frames:
-                check_frame(step, name, found[name][t].float(), wanted[name][t % len(wanted[name])].float())
+                once_more = partial(rerun, name, slice(t, t + 1))
+                ref = wanted[name][t % len(wanted[name])]
+                check_frame(step, name, found[name][t], ref, numbers=[t], rerun=once_more, **more)
+
+
+def isolated(step: Step) -> dict[str, str]:
+    """conv_cases.isolate of a convolution with this one's picture, channels and ending, on a few frames."""
+    wanted = decoder_cases.ending(step)
+    endings = {
+        name: ("shortcut" in given, "out" in given, "out_eps" in given, "normed" in given)
+        for name, given in conv_cases.ENDINGS.items()
+    }
+    nearest = "shortcut" if wanted[3] else "raw"
+    ending = next((name for name, flags in endings.items() if flags == wanted), nearest)
+    _, height, width, channels = step.x.shape
+    size = (min(step.count, 3), height, width)
+    options: dict[str, Any] = {"num_sms": 0, "device": "cuda"}
+    problem = conv_cases.make_problem(step.op, ending, size, channels, step.channels, **options)
+    return conv_cases.isolate(problem)
+
+
+def facts_of(step: Step) -> dict[str, Any]:
+    names = ("op", "layer", "first", "count", "length", "drop", "channels")
+    return {name: getattr(step, name) for name in names} | {"x": step.x.shape}
 
 
 def some_frames(step: Step, given: Inputs, names: list[str]) -> Iterator[tuple[Inputs, list[int]]]:
@@ -111,13 +174,16 @@ def some_frames(step: Step, given: Inputs, names: list[str]) -> Iterator[tuple[I
         yield given | outputs | {"first": first, "count": 1}, [t for t in frames if t >= 0]
 
 
-def check_frame(step: Step, name: str, got: torch.Tensor, ref: torch.Tensor) -> None:
+def check_frame(step: Step, name: str, got: torch.Tensor, ref: torch.Tensor, **more: Any) -> None:
+    more |= {"says": "differs from PyTorch"}
+    got, ref = got.float().unsqueeze(0), ref.float().unsqueeze(0)
     if step.op == "conv_picture":
-        assert int((got - ref).abs().max()) <= 3  # levels of 255: one unit of bf16 near 1 is one of them
+        # Levels of 255: one unit of bf16 near 1 is one of them.
+        require_close(f"{name} of {step.op}", got, ref, 3, **more | {"rerun": None})
         return
     # A few units of bf16, and where sums cancel or an activation bends a share of the usual size.
     bound = ref.abs().mul_(2**-5).add_(2**-4 * ref.square().mean().sqrt())
-    assert ((got - ref).abs() <= bound).all(), f"{name} of {step.op} {step.layer} differs from PyTorch"
+    require_close(f"{name} of {step.op} {step.layer}", got, ref, bound, **more)
 
 
 def test_gpu_check_of_layers_holds_in_the_simulator() -> None:
@@ -126,13 +192,40 @@ def test_gpu_check_of_layers_holds_in_the_simulator() -> None:
         check_layer(step, replace(TINY, backend="sim"))
 
 
+def test_the_check_of_layers_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.conv_3x3
+
+    def wrong(*args: Any, backend: ops.Backend, **options: Any) -> Any:
+        found = right(*args, **options, backend=backend)
+        if backend == "sim":
+            for tensor in (options.get("out"), options.get("normed")):
+                if tensor is not None:
+                    tensor[:, :8, :8, 8:16] = tensor[:, :8, :8, :8].clone()
+        return found
+
+    monkeypatch.setattr(ops, "conv_3x3", wrong)
+    ops.simulator().set_multiprocessor_count(4)
+    step = next(step for step in decoder_cases.layers_of(TINY) if step.op == "conv_3x3")
+    with pytest.raises(Mismatch, match="differs from PyTorch") as caught:
+        check_layer(step, replace(TINY, backend="sim"))
+    assert caught.value.report["second_run"]["same_bits"]
+    assert caught.value.report["facts"]["op"] == "conv_3x3"
+
+
+# By operation and layer, so that none hides another.
+LAYERS = [
+    pytest.param(size, number, id=f"{size}-{step.op}-{step.layer}")
+    for size in ("256p", "1080p")
+    for number, step in enumerate(decoder_cases.layers_of(gpu_setting(size)))
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", ["256p", "1080p"])
-def test_layers_on_a_gpu(size: str) -> None:
+@pytest.mark.parametrize(("size", "number"), LAYERS)
+def test_layers_on_a_gpu(size: str, number: int) -> None:
     setting = gpu_setting(size)
-    for step in decoder_cases.layers_of(setting):
-        check_layer(step, setting)
-        torch.cuda.empty_cache()
+    check_layer(decoder_cases.layers_of(setting)[number], setting)
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
@@ -151,7 +244,7 @@ def test_a_captured_window_equals_a_launched_one() -> None:
         vae.run_window(latent, window, frames, space)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(frames, launched)
+    require_equal("frames", frames, launched, layout="pixels", says="captured and launched differ")
 
 
 @pytest.mark.gpu
@@ -176,7 +269,7 @@ def test_peak_memory_and_pinned_frames_on_a_gpu() -> None:
     assert frames.is_pinned()
     peak = torch.cuda.max_memory_allocated() - before
     print(f"1080p: {peak / 1e9:.2f} GB beside the weights")
-    assert peak < 12e9
+    require(peak < 12e9, "the decode takes over 12 GB", peak=peak)
 
 
 @pytest.mark.gpu
@@ -191,10 +284,11 @@ def test_captured_windows_on_a_gpu() -> None:
     graphs = len(space.graphs)
     assert graphs == 3 + 1  # three windows of 21 latent frames; of 9 the first is the same
     for latent, frames in zip(latents, first, strict=True):
-        assert torch.equal(vae.decode_frames(latent), frames)
+        replayed: dict[str, Any] = {"layout": "pixels", "says": "captured and launched differ"}
+        require_equal("frames", vae.decode_frames(latent), frames, **replayed)
         fresh = TurboVAE.__new__(TurboVAE)
         vars(fresh).update(vars(vae) | {"_free": []})
-        assert torch.equal(fresh.decode_frames(latent), frames)
+        require_equal("frames of new buffers", fresh.decode_frames(latent), frames, **replayed)
     assert len(space.graphs) == graphs
 
 
@@ -215,5 +309,6 @@ def test_windows_asked_for_on_changing_streams() -> None:
         windows.close()
         again = vae.decode(latent)
     torch.cuda.synchronize()
-    assert torch.equal(torch.cat(found, 1), expected)
-    assert torch.equal(again, expected)
+    got = in_pixels(torch.cat(found, 1))
+    require_equal("video on changing streams", got, in_pixels(expected), layout="pixels")
+    require_equal("video afterwards", in_pixels(again), in_pixels(expected), layout="pixels")

@@ -11,7 +11,7 @@ CXX_FILES := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu
 CMAKE_FILES := CMakeLists.txt $(shell find csrc -name CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint format bench demo clean
+.PHONY: help setup build test lint format bench demo gpu-kit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    set-up, then the benchmarks"
 	@echo "make demo     set-up, then examples/demo/run.py"
+	@echo "make gpu-kit  build, then build/gpu-kit: what travels to a bare GPU machine for bench/gpu_check.py"
 	@echo "make clean    remove .venv and everything built"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
 
@@ -73,6 +74,9 @@ bench: setup
 
 demo: setup
 	$(BIN)/python examples/demo/run.py
+
+gpu-kit: build
+	$(BIN)/python bench/gpu_kit.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info magihuman_fast/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks

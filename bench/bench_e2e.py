@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from gpu_check import default_path, write
 from magihuman_fast import benchmark
 from magihuman_fast.commands import table
+from records import default_path, write
 from timing import describe_machine
 
 STAGES = ("audio_encode", "image_encode", "sr_image_encode", "denoise", "super_resolution", "decode", "sound")

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from gpu_check import default_path, write
 from kernel_cases import TINY
 from magihuman_fast import ops, sampler
 from magihuman_fast.config import AUDIO_CHANNELS, LATENT_CHANNELS, DiTConfig
@@ -31,6 +30,7 @@ from magihuman_fast.dit import ClipShape, KernelDiT
 from magihuman_fast.graph import StepGraph, StepSpec
 from magihuman_fast.reference.dit import windowed_layers
 from magihuman_fast.synthetic.device import random_dit
+from records import default_path, write
 from timing import Ceilings, describe_machine, measure_ceilings
 from workload import (
     CLIPS,

@@ -1,171 +1,339 @@
-"""Everything that needs a Hopper GPU, in one command: build, test, sanitize, time; one JSON file of results.
+"""Everything that needs a Hopper GPU, in one command: set up, test, time; a record of what was found, as it is found.
 
-    python bench/gpu_check.py                       # all parts, the most important first, in 9 minutes
-    python bench/gpu_check.py --parts build,tests   # only these
-    python bench/gpu_check.py --dry-run             # no GPU: the plan, then parts at a toy size on the CPU
+    python bench/gpu_check.py --kit build/gpu-kit --out DIR     # on the GPU machine, with what `make gpu-kit` prepared
+    python bench/gpu_check.py --out DIR                         # with the package built in place
+    python bench/gpu_check.py --rehearse --out DIR              # no GPU: the same plan on toys, with planted faults
 
-Needs torch 2.11 or later, Python 3.11 or later, nvcc and what pyproject.toml lists under build-system; no network, and
-no installation of the package. Each part runs in a process of its own with a time limit; the file is written anew after
-each, so that whatever stops a run leaves what was found before. Exit codes: 0 every part succeeded, 1 not, 2 no GPU.
+Each group of the plan (`gpu_plan.py`) runs in a forked child with a limit of its own; whatever hangs or crashes is
+named, probed, and left behind. DIR gets at most 8 files: record.json, records.jsonl (as found), log.txt (everything
+said), tensors.pt (of failed comparisons), hangs.txt (where kernels hung), clocks.csv.
+Exit codes: 0 all is right, 1 not, 2 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import gpu_kit
 
-import report
-from sources import digests
-from timing import ROOT, describe_machine
-
-FORMAT = 1
-PARTS_SCRIPT = Path(__file__).with_name("gpu_parts.py")
-RESULTS = ROOT / "bench" / "results"
-MIN_SECONDS = 15  # a part is not begun with less
-TAIL = 6000  # characters of a part's output that are kept
-HOPPER = (9, 0)
-# What records are collected under.
-KINDS = {"result": "results", "error": "errors", "ceilings": "ceilings", "fact": "facts"}
+MAX_CHILDREN = 4  # of one group: after so many that it did not survive, the next group comes
+MAX_DUMPS = 4  # of a run: each takes seconds
+MIN_SECONDS = 3  # a group is not begun with less
+PROBE_SECONDS = 5.0
+FORMAT = 2
 
 
-def missing_gpu() -> str | None:
-    """Why there is nothing to check here; None on a Hopper GPU."""
-    if not torch.cuda.is_available():
-        return "no CUDA device (torch " + torch.__version__ + ")"
-    capability = torch.cuda.get_device_capability()
-    if capability != HOPPER:
-        return (
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, not 9.0"
+class Run:
+    """One run: its folder, its records, and the children that fill them."""
+
+    def __init__(self, folder: Path, device: str, work: Path) -> None:
+        from records import Records
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.device, self._work = folder, device, work
+        self.records = Records(folder / "records.jsonl")
+        self.log = folder / "log.txt"
+        self.groups: list[dict[str, Any]] = []
+        self.probe_work = probe
+        self._dumps = device == "cuda"
+        self._readers: list[tuple[Any, Path, str, str]] = []
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def group(self, group: Any, deadline: float) -> dict[str, Any]:
+        """Run one group until it is done, or out of time, or has lost too many children; its entry."""
+        import report
+        from fork_server import STICKY, run_forked
+        from records import Child
+
+        began = time.monotonic()
+        end = min(deadline, began + group.seconds)
+        entry: dict[str, Any] = {"group": group.name, "what": group.what, "status": "running"}
+        self.groups.append(entry)
+        self.say(f"===== {group.name}: {group.what}")
+        status, lost = "", 0
+        while not status:
+            skip = frozenset(self.records.begun_steps(group.name))
+            child = Child(group.name, self.records, self.folder / "tensors.pt", device=self.device, skip=skip)
+            dump = self._work / f"dump-{group.name}-{lost}"
+            environment = self._dump_environment(group, dump)
+            ended = run_forked(
+                lambda child=child: group.work(child),
+                log=self.log,
+                seconds=end - time.monotonic(),
+                stall=group.stall,
+                heartbeat=self.records.path,
+                environment=environment,
+                before_kill=lambda pid, dump=dump, on=bool(environment): self._dump(dump, group.name, on),
+            )
+            self.records.mend()
+            if ended.how.startswith(("signal", "exit")) and (dump / "core").exists():
+                self._read(dump, group.name)  # of an exception
+            is_open = self.records.open_step(group.name)
+            if ended.how == "ok" or (ended.how == "exit code 1" and is_open is None):
+                status = "ok" if ended.how == "ok" else "failed"
+                break
+            how = "device lost" if ended.how == f"exit code {STICKY}" else ended.how
+            lost += 1
+            self.records.add(group.name, "fault", {"how": how, "step": is_open, "last": last_line(self.log)})
+            self.say(f"{group.name}: {how} in {is_open or 'no step'}")
+            self.probe(group.name)
+            if how == "out of time" or end - time.monotonic() < MIN_SECONDS:
+                status = "out of time"
+            elif lost >= MAX_CHILDREN or is_open is None or is_open in skip:
+                status = f"{lost} children lost"
+        entry |= {"status": status, "seconds": round(time.monotonic() - began, 1), "lost": lost}
+        entry |= outcome(self.records.of("test", group.name), self.records.of("error", group.name))
+        if status == "ok" and (lost or entry.get("failed") or entry.get("errors") or entry.get("skipped")):
+            entry["status"] = "failed"
+        self.say(f"{group.name}: {report.group_line(entry)}")
+        return entry
+
+    def probe(self, group: str, environment: dict[str, str] | None = None) -> bool:
+        """Whether the device still answers a fresh process: one known kernel, within a few seconds."""
+        from fork_server import run_forked
+
+        ended = run_forked(
+            lambda: self.probe_work(self.device),
+            log=self.log,
+            seconds=PROBE_SECONDS,
+            stall=PROBE_SECONDS,
+            heartbeat=self.records.path,
+            environment=environment,
         )
-    return None
+        self.records.add(group, "probe", {"how": ended.how, "seconds": round(ended.seconds, 2)})
+        self.say(f"{group}: probe: {ended.how}, {ended.seconds:.1f} s")
+        return ended.how == "ok"
+
+    def try_dumps(self) -> None:
+        """Whether the device answers where cores may be asked for: the driver then works as under a debugger."""
+        import core_dump
+
+        folder = self._work / "dump"
+        folder.mkdir()
+        self._dumps = self.probe("core dumps", core_dump.environment(folder))
+
+    def _dump_environment(self, group: Any, dump: Path) -> dict[str, str]:
+        import core_dump
+
+        if not (self._dumps and group.dumps) or len(self._readers) >= MAX_DUMPS:
+            return {}
+        dump.mkdir(exist_ok=True)
+        return core_dump.environment(dump)
+
+    def _dump(self, dump: Path, group: str, enabled: bool) -> None:
+        """Take a core of the child that hangs, and begin to read it."""
+        import core_dump
+
+        if enabled:
+            self._read(dump, group, core_dump.trigger(dump))
+
+    def _read(self, dump: Path, group: str, reason: str | None = None) -> None:
+        """Begin to read a core; `reason`: why there is none."""
+        import core_dump
+
+        step = self.records.open_step(group)
+        found = reason or core_dump.start_reading(dump)
+        if isinstance(found, str):
+            self.records.add(group, "fact", {"core dump": found, "of": step})
+        else:
+            self._readers.append((found, dump, group, f"{group}: {step}"))
+
+    def finish(self) -> None:
+        """Collect what was told of the cores."""
+        import core_dump
+
+        for reader, dump, group, title in self._readers:
+            said = core_dump.finish_reading(reader, dump, self.folder / "hangs.txt", title)
+            self.records.add(group, "fact", {"core dump": said, "of": title})
 
 
-def default_path(machine: dict[str, Any]) -> Path:
-    """`<gpu>-<commit>.json`; a dirty tree says so."""
-    gpu = str(machine["gpu"] or "no-gpu").lower().removeprefix("nvidia ").replace(" ", "-")
-    commit = (machine["commit"] or "unknown")[:10]
-    return RESULTS / f"{gpu}-{commit}{'-dirty' if machine['dirty'] else ''}.json"
+def probe(device: str) -> None:
+    """In a fresh process: does one of torch's kernels give the right number?"""
+    import torch
+
+    assert int((torch.arange(1000, device=device) + 1).sum()) == 500500
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Aside first: a run that is stopped while writing leaves the last whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+def last_line(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2000))
+        lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
 
 
-def run_part(words: Sequence[str], seconds: float, log: Path) -> str:
-    """Run one part, its output into `log`; "ok", "exit code N" or "stopped after N s"."""
-    with log.open("wb") as output:
-        part = subprocess.Popen(
-            words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = part.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s"
-        finally:
-            # Whatever it has started too: a compiler, a test run. Also when this script itself is interrupted.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(part.pid, signal.SIGKILL)
-            # A process stuck in the driver does not die; the record is written all the same.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                part.wait(timeout=10)
-    return "ok" if code == 0 else f"exit code {code}"
+def outcome(tests: Sequence[dict[str, Any]], errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of a group's tests, and the names of what failed."""
+    found: dict[str, Any] = {}
+    ended = [test for test in tests if "test" in test]
+    counts = Counter(test["outcome"] for test in ended)
+    collected = sum(test.get("collected", 0) for test in tests)
+    if ended or collected:
+        found = {"passed": counts["passed"], "skipped": counts["skipped"]}
+        found["failed"] = [test["test"] for test in ended if test["outcome"] == "failed"]
+        found["not ended"] = collected - len(ended)
+    if errors:
+        found["errors"] = len(errors)
+    return found
 
 
-def collect(record: dict[str, Any], name: str, records: Path) -> None:
-    """Add what a part has recorded; a last line cut off by its end is left out."""
-    if not records.is_file():
-        return
-    for line in records.read_text(encoding="utf-8").splitlines():
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
+def is_bad(entry: dict[str, Any]) -> bool:
+    return not entry["status"].startswith(("ok", "left out"))
+
+
+class Clocks:
+    """nvidia-smi beside the run: clocks, power and temperature twice a second."""
+
+    FIELDS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu,clocks_event_reasons.active"
+
+    def __init__(self, path: Path) -> None:
+        program = shutil.which("nvidia-smi")
+        self._process = None
+        if program is not None:
+            words = [program, f"--query-gpu={self.FIELDS}", "--format=csv,nounits", "--loop-ms=500", "--id=0"]
+            with path.open("w") as file:
+                self._process = subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(timeout=10)
+
+
+def check(
+    plan: Sequence[Any], run: Run, *, budget: float, faulty: float, head: dict[str, Any]
+) -> dict[str, Any]:
+    """Run the groups within `budget` seconds, or within `faulty` once one was bad; the record, kept after each."""
+    from records import write
+
+    began = time.monotonic()
+    record: dict[str, Any] = {}
+
+    def keep() -> None:
+        nonlocal record
+        record = {
+            "format": FORMAT,
+            **head,
+            "seconds": round(time.monotonic() - began, 1),
+            "groups": run.groups,
+        }
+        record |= run.records.collected()
+        for fact in record["facts"]:
+            if "machine" in fact:
+                record["machine"] = {
+                    **fact["machine"],
+                    **{k: v for k, v in head["machine"].items() if v is not None},
+                }
+        write(run.folder / "record.json", record)
+
+    for group in plan:
+        bad = any(map(is_bad, run.groups))
+        deadline = began + (min(budget, faulty) if bad else budget)
+        if deadline - time.monotonic() < MIN_SECONDS:
+            why = "left out: something was wrong" if bad and faulty < budget else "left out: no time left"
+            run.groups.append({"group": group.name, "what": group.what, "status": why, "seconds": 0})
             continue
-        for kind, value in found.items():
-            record[KINDS[kind]].append({"part": name, **value})
-
-
-def check(parts: Sequence[str], path: Path, budget: float, dry: bool, commit: str | None) -> dict[str, Any]:
-    """Run the parts within `budget` seconds; the record, also written to `path` after every part."""
-    from gpu_parts import PARTS
-
-    start = time.monotonic()
-    machine = describe_machine() | ({"commit": commit, "dirty": None} if commit else {})
-    record: dict[str, Any] = {"format": FORMAT, "dry_run": dry, "machine": machine, "sources": digests(ROOT)}
-    record |= {"parts": [], **{name: [] for name in KINDS.values()}}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in parts:
-            left = budget - (time.monotonic() - start)
-            entry: dict[str, Any] = {"part": name}
-            record["parts"].append(entry)
-            if left < MIN_SECONDS:
-                entry["status"] = "left out: no time left"
-                continue
-            records, log = Path(folder) / f"{name}.jsonl", Path(folder) / f"{name}.log"
-            words = [sys.executable, str(PARTS_SCRIPT), name, str(records), *(["--dry-run"] if dry else [])]
-            entry["status"] = "running"
-            write(path, record)
-            began = time.monotonic()
-            entry["status"] = run_part(words, min(left, PARTS[name].seconds), log)
-            entry["seconds"] = round(time.monotonic() - began, 1)
-            entry["output"] = log.read_text(encoding="utf-8", errors="replace")[-TAIL:]
-            collect(record, name, records)
-            write(path, record)
-            print(f"{name}: {entry['status']}, {entry['seconds']} s", flush=True)
-            if entry["status"] != "ok":
-                print(entry["output"][-1500:], flush=True)
-    write(path, record)
+        run.group(group, deadline)
+        keep()
+        if group is plan[0] and run.device == "cuda":
+            run.try_dumps()
+    run.finish()
+    keep()
     return record
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Build, test and time the kernels on a Hopper GPU.")
-    parser.add_argument("--parts", metavar="A,B", help="only these parts (default: all)")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Test and time the kernels on a Hopper GPU.")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results/<gpu>-<commit>")
     parser.add_argument(
-        "--budget", type=float, default=540, metavar="SECONDS", help="for all parts (default: 540)"
+        "--kit", type=Path, metavar="DIR", help="what `make gpu-kit` prepared; it is put in place"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/<gpu>-<commit>.json")
-    parser.add_argument("--commit", metavar="HASH", help="of these sources, where there is no git")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU; needs no GPU")
-    args = parser.parse_args(argv)
-    reason = missing_gpu()
-    if reason is not None and not args.dry_run:
-        print(f"gpu_check: nothing to do, a Hopper GPU is needed: {reason}")
-        return 2
-    from gpu_parts import PARTS, REHEARSAL
+    parser.add_argument("--plan", choices=("first", "second"), default="first", help="default: first")
+    parser.add_argument("--groups", metavar="A,B", help="only these groups (default: all of the plan)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all groups")
+    parser.add_argument("--faulty-budget", type=float, metavar="SECONDS", help="for all, once one was bad")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on the CPU, with planted faults; needs no GPU"
+    )
+    return parser.parse_args(argv)
 
-    # As an exception, so that the part that runs is ended with this script instead of keeping the GPU busy.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    facts: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
+    if args.kit is not None:
+        gpu_kit.add_packages(args.kit)
+        facts = gpu_kit.install(args.kit)
+        manifest = json.loads((args.kit / "manifest.json").read_text(encoding="utf-8"))
+    if not args.rehearse and shutil.which("nvidia-smi") is None:
+        print("gpu_check: nothing to do, a Hopper GPU is needed: no nvidia-smi")
+        return 2
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ.setdefault("PYTHONPATH", str(gpu_kit.ROOT))
+
+    import fork_server
+
+    fork_server.forbid_cuda()
+    import gpu_plan
+    import report
+    import watched_tests
+    from sources import digests
+    from timing import describe_commit
+
+    # As an exception, so that the child that runs is ended with this script instead of keeping the GPU busy.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    parts = list(REHEARSAL if args.dry_run else PARTS) if args.parts is None else args.parts.split(",")
-    unknown = [name for name in parts if name not in PARTS]
-    if unknown:
-        parser.error(f"--parts: expected some of {', '.join(PARTS)}; got {', '.join(unknown)}")
-    print(f"{len(parts)} parts within {args.budget:.0f} s, each in a process of its own:")
-    for name, part in PARTS.items():
-        print(f"  {name} (at most {part.seconds} s): {part.what}{'' if name in parts else ' (left out)'}")
-    machine = describe_machine() | ({"commit": args.commit, "dirty": None} if args.commit else {})
-    with tempfile.TemporaryDirectory() as folder:
-        path = args.out or (Path(folder) / "dry-run.json" if args.dry_run else default_path(machine))
-        record = check(parts, path, args.budget, args.dry_run, args.commit)
+    plan = gpu_plan.PLANS[args.plan]
+    if args.groups is not None:
+        names = args.groups.split(",")
+        unknown = set(names) - {group.name for group in plan}
+        if unknown:
+            raise SystemExit(
+                f"--groups: expected some of {', '.join(g.name for g in plan)}; got {', '.join(unknown)}"
+            )
+        plan = tuple(group for group in plan if group.name in names)
+    commit = describe_commit()
+    machine = commit if commit["commit"] else {name: manifest.get(name) for name in ("commit", "dirty")}
+    head = {"rehearsal": args.rehearse, "machine": machine, "sources": digests(gpu_kit.ROOT), "kit": facts}
+    head["plan"] = [{"group": g.name, "seconds": g.seconds} for g in plan]
+    with tempfile.TemporaryDirectory() as work:
+        if args.rehearse:
+            import rehearsal
+
+            return rehearsal.run(args.out, Path(work), plan, head)
+        run = Run(args.out or default_folder(machine), "cuda", Path(work))
+        clocks = Clocks(run.folder / "clocks.csv")
+        try:
+            watched_tests.preload(gpu_plan.test_files(plan))
+            budget = args.budget or gpu_plan.BUDGET
+            record = check(
+                plan, run, budget=budget, faulty=args.faulty_budget or gpu_plan.FAULTY_BUDGET, head=head
+            )
+        finally:
+            clocks.stop()
         print(report.summary(record))
-        if not args.dry_run or args.out is not None:
-            print(f"written: {path}")
-    return 0 if all(entry["status"] == "ok" for entry in record["parts"]) else 1
+    return 1 if any(map(is_bad, record["groups"])) else 0
+
+
+def default_folder(machine: dict[str, Any]) -> Path:
+    from records import RESULTS
+
+    return RESULTS / f"{(machine['commit'] or 'unknown')[:10]}{'-dirty' if machine['dirty'] else ''}"
 
 
 if __name__ == "__main__":

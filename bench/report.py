@@ -95,13 +95,13 @@ TARGETS = (
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Every record in `folder`, the oldest first; dry runs measure nothing and are left out."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return sorted((r for r in records if not r["dry_run"]), key=lambda r: str(r["machine"]["date"]))
+    """Every run's record in `folder`, the oldest first; rehearsals measure nothing and are left out."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/record.json"))]
+    return sorted((r for r in records if not r["rehearsal"]), key=lambda r: str(r["machine"]["date"]))
 
 
 def results_of(record: dict[str, Any]) -> list[Result]:
-    return [Result.from_dict({k: v for k, v in entry.items() if k != "part"}) for entry in record["results"]]
+    return [Result.from_dict({k: v for k, v in entry.items() if k != "group"}) for entry in record["results"]]
 
 
 def latest(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], tuple[Result, dict[str, Any]]]:
@@ -117,7 +117,7 @@ def latest(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], tuple[Res
 def where(record: dict[str, Any]) -> str:
     machine = record["machine"]
     commit = (machine["commit"] or "unknown")[:10]
-    return f"{machine['gpu']}, {commit}{' (dirty)' if machine['dirty'] else ''}"
+    return f"{machine.get('gpu')}, {commit}{' (dirty)' if machine['dirty'] else ''}"
 
 
 def row(result: Result, record: dict[str, Any]) -> tuple[str, ...]:
@@ -180,10 +180,11 @@ def stale(records: Sequence[dict[str, Any]], root: Path = ROOT) -> dict[str, str
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One run: parts, ceilings, facts, and one line per result and error."""
+    """One run: ceilings, results, and last, because it is what is read first, its groups and what was wrong."""
     machine = record["machine"]
-    lines = [f"{where(record)}; torch {machine['torch']}, CUDA {machine['cuda']}, nvcc {machine['nvcc']}"]
-    lines += [f"{entry['part']}: {entry['status']}" for entry in record["parts"] if entry["status"] != "ok"]
+    lines = [
+        f"{where(record)}; torch {machine.get('torch')}, CUDA {machine.get('cuda')}, nvcc {machine.get('nvcc')}"
+    ]
     if record["ceilings"]:
         first = record["ceilings"][0]
         copy, product = first["copy_bytes"] / 1e9, first["bf16_flops"] / 1e12
@@ -195,9 +196,27 @@ def summary(record: dict[str, Any]) -> str:
         f"{e['op']}, {e['variant']} ({e['shape']}): {e['error'].splitlines()[0][:160]}"
         for e in record["errors"]
     ]
-    if record["dry_run"]:
-        lines.append("dry run: toy sizes on the CPU; nothing here says anything about speed")
+    lines += [f"{entry['group']}: {group_line(entry)}" for entry in record["groups"]]
+    lines += [f"{fault['group']}: {fault['how']} in {fault['step']}" for fault in record["faults"]]
+    lines += failures(record)
+    if record["rehearsal"]:
+        lines.append("rehearsal: toy sizes on the CPU; nothing here says anything about speed")
     return "\n".join(lines)
+
+
+def group_line(entry: dict[str, Any]) -> str:
+    """How a group went: its status and its tests."""
+    counts = [
+        f"{entry[name]} {name}" for name in ("passed", "skipped", "not ended", "errors") if entry.get(name)
+    ]
+    failed = [f"{len(entry['failed'])} failed"] if entry.get("failed") else []
+    return ", ".join([entry["status"], f"{entry['seconds']} s", *counts, *failed])
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """One line for each failed test: what it said last."""
+    failed = [test for test in record["tests"] if test.get("outcome") == "failed"]
+    return [f"FAILED {test['test']}: {' '.join(test['message'].split())[-200:]}" for test in failed]
 
 
 def baseline_table(records: Sequence[dict[str, Any]]) -> str:

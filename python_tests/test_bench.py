@@ -12,7 +12,7 @@ import torch
 import baseline_cases
 import decoder_cases
 import gated_attention_cases
-import gpu_parts
+import gpu_groups
 import kernel_cases
 import test_attention_gpu
 import test_gpu_kernels
@@ -279,7 +279,7 @@ def test_attention_baselines_compute_what_the_operation_does(monkeypatch: pytest
             torch.testing.assert_close(variant.make()(), expected, rtol=2**-6, atol=2**-7)
 
 
-SMALL = dataclasses.replace(TINY, clip=gpu_parts.SMALL, backend="sim")
+SMALL = dataclasses.replace(TINY, clip=gpu_groups.SMALL, backend="sim")
 SMALL_PRODUCTS = [
     ("gemm", 512, 256, 1),
     ("gemm_qkv", SMALL.config.qkvg_rows, 256, 3),

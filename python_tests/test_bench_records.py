@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import gpu_check
-import gpu_parts
-import kernel_cases
+import records
 import report
 import sources
 import timing
@@ -73,76 +71,10 @@ def test_the_machine_is_described() -> None:
     json.dumps(machine)
 
 
-def test_junit_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "tests.xml"
-    path.write_text(
-        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><failure message='1 != 2'/></testcase>"
-        "<testcase name='c'><skipped message='none'/></testcase></testsuite></testsuites>"
-    )
-    assert gpu_parts.read_junit(path) == {"passed": 1, "skipped": 1, "failed": ["b: 1 != 2"]}
-
-
-# --- the script -----------------------------------------------------------------------------------------------
-
-
-def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main([]) == 2
-    out = capsys.readouterr().out
-    assert out.startswith("gpu_check: nothing to do, a Hopper GPU is needed: ")
-    assert out.count("\n") == 1
-
-
-def test_unknown_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        gpu_check.main(["--dry-run", "--parts", "build,none"])
-    assert "got none" in capsys.readouterr().err
-
-
-def test_dry_run_writes_a_record_that_the_report_reads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "record.json"
-    words = ["--dry-run", "--parts", "pointwise-256p", "--out", str(path), "--commit", "0123456789abc"]
-    assert gpu_check.main(words) == 0
-    record = json.loads(path.read_text())
-    assert [entry["status"] for entry in record["parts"]] == ["ok"]
-    assert {result["op"] for result in record["results"]} == {"rms_norm", *kernel_cases.POINTWISE}
-    assert [entry["when"] for entry in record["ceilings"]] == ["before", "after"]
-    assert record["machine"]["commit"] == "0123456789abc"
-    out = capsys.readouterr().out
-    assert "rms_norm, reference (tiny: 24 x 256)" in out
-    assert "dry run" in out
-    assert report.load(tmp_path) == []
-
-
-def test_parts_that_hang_crash_or_come_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each leaves what it had recorded, and the ones after it run."""
-    script = tmp_path / "parts.py"
-    script.write_text(
-        "import json, sys, time\n"
-        "open(sys.argv[2], 'w').write(json.dumps({'fact': {'had': sys.argv[1]}}) + '\\n{\"fact\": {\"cut')\n"
-        "print('hello from', sys.argv[1], flush=True)\n"
-        "if sys.argv[1] == 'memcheck': time.sleep(600)\n"
-        "if sys.argv[1] == 'build': sys.exit(3)\n"
-    )
-    monkeypatch.setattr(gpu_check, "PARTS_SCRIPT", script)
-    monkeypatch.setattr(gpu_check, "MIN_SECONDS", 0.2)
-    part = dataclasses.replace(gpu_parts.PARTS["memcheck"], seconds=1)
-    monkeypatch.setitem(gpu_parts.PARTS, "memcheck", part)
-    path = tmp_path / "record.json"
-    record = gpu_check.check(["build", "memcheck", "tests"], path, 60, True, None)
-    assert [entry["status"] for entry in record["parts"]] == ["exit code 3", "stopped after 1 s", "ok"]
-    assert [fact["had"] for fact in record["facts"]] == ["build", "memcheck", "tests"]
-    assert record["parts"][1]["output"] == "hello from memcheck\n"
-    assert json.loads(path.read_text()) == record
-    late = gpu_check.check(["build"], path, 0, True, None)
-    assert late["parts"] == [{"part": "build", "status": "left out: no time left"}]
-
-
 def test_name_of_the_results_file() -> None:
     machine = {"gpu": "NVIDIA H200", "commit": "0123456789abcdef", "dirty": True}
-    assert gpu_check.default_path(machine).name == "h200-0123456789-dirty.json"
-    assert gpu_check.default_path({"gpu": None, "commit": None, "dirty": None}).name == "no-gpu-unknown.json"
+    assert records.default_path(machine).name == "h200-0123456789-dirty.json"
+    assert records.default_path({"gpu": None, "commit": None, "dirty": None}).name == "no-gpu-unknown.json"
 
 
 # --- sources and report ---------------------------------------------------------------------------------------
@@ -170,9 +102,10 @@ def tree(tmp_path: Path) -> Path:
 def a_record(root: Path, *results: Result, **machine: Any) -> dict[str, Any]:
     described = {"gpu": "NVIDIA H200", "commit": "0123456789abcdef", "dirty": False, "date": "2026-01-01"}
     described |= {"torch": "2.11.0", "cuda": "13.0", "nvcc": "13.0"}
-    record: dict[str, Any] = {"format": 1, "dry_run": False, "machine": described | machine}
-    record |= {"sources": sources.digests(root), "parts": [], "errors": [], "ceilings": [], "facts": []}
-    return record | {"results": [{"part": "products-256p", **result.to_dict()} for result in results]}
+    record: dict[str, Any] = {"format": 2, "rehearsal": False, "machine": described | machine}
+    record |= {"sources": sources.digests(root), "groups": []}
+    record |= {name: [] for name in records.KINDS.values()}
+    return record | {"results": [{"group": "products-256p", **result.to_dict()} for result in results]}
 
 
 def test_sources_follow_includes(tree: Path) -> None:
@@ -268,7 +201,8 @@ def test_report_prints_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[s
     record = a_record(
         timing.ROOT, a_result(op="gemm", peak_share=0.9, speedup=1.0, baseline="cuBLAS"), cublas
     )
-    (folder / "h200.json").write_text(json.dumps(record))
+    (folder / "h200").mkdir()
+    (folder / "h200" / "record.json").write_text(json.dumps(record))
     assert report.main(["--results", str(folder), "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
     assert "| gemm, cuBLAS | 256p: 4110 x 5120 x 5120 | 300.0 |" in out

@@ -1,0 +1,171 @@
+"""The run on a GPU, rehearsed without one: planted faults, the plan, the kit's commands, what the parent may not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fork_server
+import gpu_check
+import gpu_kit
+import gpu_plan
+import report
+from records import Child, Records
+
+BENCH = Path(gpu_check.__file__).parent
+# Every package that a bare GPU machine lacks; those in the kit are there from it.
+ABSENT = (
+    "av",
+    "soundfile",
+    "zstandard",
+    "cutlass_library",
+    "fastapi",
+    "uvicorn",
+    "diffusers",
+    "importlib_metadata",
+)
+
+
+def rehearse(folder: Path, *words: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """In a process of its own: it forks, and must not have this one's threads."""
+    start = f"import sys; sys.path.insert(0, {str(BENCH)!r}); {code or 'pass'}; import gpu_check"
+    run = f"{start}; sys.exit(gpu_check.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", run, "--rehearse", "--out", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_rehearsal_contains_every_planted_fault(tmp_path: Path) -> None:
+    done = rehearse(tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "every planted fault was contained and named" in done.stdout
+    record = json.loads((tmp_path / "record.json").read_text())
+    (found,) = (m for m in record["mismatches"] if m["test"].endswith("test_wrong_numbers"))
+    assert found["wrong"] == 128 * 128 + 1
+    assert "test_wrong_numbers" in " ".join(torch.load(tmp_path / "tensors.pt"))
+    assert len(list(tmp_path.iterdir())) <= 8
+    # As after a real run, but that it says what it is, and counts for nothing.
+    assert "gemm-wide: ok" in report.summary(record)
+    assert "rehearsal: toy sizes" in report.summary(record)
+    assert report.load(tmp_path.parent) == []
+
+
+def test_a_bare_machine_can_rehearse(tmp_path: Path) -> None:
+    """Without any package that it lacks; the clips need diffusers, which comes in the kit."""
+    names = ",".join(g.name for g in gpu_plan.PLAN if not g.name.startswith(("clip", "model")))
+    done = rehearse(tmp_path, "--groups", names, code=f"sys.modules.update(dict.fromkeys({ABSENT}))")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_seconds_fit_the_budget() -> None:
+    """What is made of kernels, and speed at 256p, is reached even where every group takes all of its seconds."""
+    names = [g.name for g in gpu_plan.PLAN]
+    assert sum(g.seconds for g in gpu_plan.PLAN[: names.index("counters-gemm")]) <= gpu_plan.BUDGET
+
+
+def test_every_gpu_test_is_in_a_plan_and_every_pattern_finds_some(pytestconfig: pytest.Config) -> None:
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    said = subprocess.run(
+        [*words, "python_tests"], capture_output=True, text=True, cwd=pytestconfig.rootpath
+    ).stdout
+    ids = [line for line in said.splitlines() if "::" in line]
+    assert len(ids) > 500
+    groups = [g for plan in gpu_plan.PLANS.values() for g in plan if isinstance(g.work, gpu_plan.Tests)]
+    found = set()
+    for group in groups:
+        files = {path.name for path in group.work.paths()}
+        mine = {i for i in ids if Path(i.split("::")[0]).name in files and re.search(group.work.gpu, i)}
+        assert mine, group.name
+        found |= mine
+    assert set(ids) - found == set()
+
+
+def test_contributing_shows_the_plan() -> None:
+    assert gpu_plan.table() in (gpu_kit.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_binding_compiles_for_the_machines_python(tmp_path: Path) -> None:
+    """By the command of the run; without such an interpreter here, for this one."""
+    kernels = gpu_kit.PACKAGE / gpu_kit.KERNELS
+    if not kernels.is_file():
+        pytest.skip("nvcc is not installed: there is no library to link")
+    python = gpu_kit.python312() or sys.executable
+    target = tmp_path / gpu_kit.binding_name(python)
+    pybind11 = gpu_kit.package_folder("pybind11") / "include"
+    subprocess.run(gpu_kit.binding_command(python, pybind11, kernels, target), check=True)
+    (tmp_path / kernels.name).symlink_to(kernels)
+    question = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import _C; print(_C.gemm)"
+    assert subprocess.run([python, "-c", question]).returncode == 0
+
+
+def test_without_a_gpu_it_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    assert gpu_check.main([]) == 2
+    assert capsys.readouterr().out == "gpu_check: nothing to do, a Hopper GPU is needed: no nvidia-smi\n"
+
+
+# --- forked children ------------------------------------------------------------------------------------------
+
+
+def test_children_see_cuda_and_their_parent_does_not(tmp_path: Path) -> None:
+    there = hasattr(torch._C, "_cuda_getDeviceCount")
+    fork_server.forbid_cuda()
+    try:
+        with pytest.raises(RuntimeError, match="must not touch CUDA"):
+            torch.cuda.is_available()
+
+        def look() -> None:
+            assert hasattr(torch._C, "_cuda_getDeviceCount") == there
+            torch.cuda.is_available()
+
+        ended = fork_server.run_forked(
+            look, log=tmp_path / "log", seconds=60, stall=60, heartbeat=tmp_path / "heart"
+        )
+    finally:
+        fork_server.allow_cuda()
+    assert ended.how == "ok", (tmp_path / "log").read_text()
+
+
+def test_a_childs_children_die_with_it(tmp_path: Path) -> None:
+    def leave_one_behind() -> None:
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (tmp_path / "pid").write_text(str(other.pid))
+
+    ended = fork_server.run_forked(
+        leave_one_behind, log=tmp_path / "log", seconds=60, stall=60, heartbeat=tmp_path / "heart"
+    )
+    assert ended.how == "ok"
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(1000):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("it lives on")
+
+
+def test_records_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl")
+    child = Child("group", records, tmp_path / "tensors.pt", device="cpu", skip=frozenset({"done before"}))
+    assert not child.begin("done before")
+    assert child.begin("first")
+    child.end("first")
+    assert child.begin("second")
+    with records.path.open("a") as file:
+        file.write('{"group": "group", "kind": "fa')
+    records.mend()
+    child.add("fact", {"later": True})
+    assert records.of("fact") == [{"group": "group", "later": True}]
+    assert records.begun_steps("group") == ["first", "second"]
+    assert records.open_step("group") == "second"
+    assert records.open_step("another") is None

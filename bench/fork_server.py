@@ -1,7 +1,8 @@
 """Forked children with limits of their own, for work that may hang, crash or leave the device broken.
 
 The parent imports everything once and never touches CUDA, so that each child begins with a fresh context and in
-milliseconds. A child is a process group of its own; it is killed as a group when it has had its seconds, or when it has
+milliseconds. Nor does it ever compute on more than one thread: a pool of threads does not survive a fork, and the child
+would wait for it for ever. A child is a process group of its own; it is killed as a group when it has had its seconds, or when it has
 said nothing for too long.
 """
 
@@ -100,6 +101,7 @@ def _be_child(work: Callable[[], object], log: Path, environment: Mapping[str, s
         os.environ.update(environment)
         faulthandler.enable()
         allow_cuda()
+        torch.set_num_threads(os.cpu_count() or 1)
         work()
         code = 0
     except SystemExit as end:

@@ -285,7 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gpu_check: nothing to do, a Hopper GPU is needed: no nvidia-smi")
         return 2
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.path.insert(0, str(gpu_kit.ROOT))  # the package need not be installed
     os.environ.setdefault("PYTHONPATH", str(gpu_kit.ROOT))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of this process, before torch is imported (fork_server.py says why)
 
     import fork_server
 
@@ -307,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--groups: expected some of {', '.join(g.name for g in plan)}; got {', '.join(unknown)}"
             )
         plan = tuple(group for group in plan if group.name in names)
-    commit = describe_commit()
-    machine = commit if commit["commit"] else {name: manifest.get(name) for name in ("commit", "dirty")}
+    # What travelled is the kit's commit, whatever the copy beside it takes itself for.
+    machine = {name: manifest[name] for name in ("commit", "dirty")} if manifest else describe_commit()
     head = {"rehearsal": args.rehearse, "machine": machine, "sources": digests(gpu_kit.ROOT), "kit": facts}
     head["plan"] = [{"group": g.name, "seconds": g.seconds} for g in plan]
     with tempfile.TemporaryDirectory() as work:

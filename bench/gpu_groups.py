@@ -84,10 +84,10 @@ def l2_throughput(library: Path) -> list[dict[str, float]]:
     """Bytes a second, and a clock and multiprocessor at the clock that nvidia-smi shows, for buffers of some sizes."""
     functions = ctypes.CDLL(str(library))
     functions.l2_read_bytes.restype = ctypes.c_int64
-    blocks = 3 * torch.cuda.get_device_properties(0).multi_processor_count
+    blocks = 2 * torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     found = []
-    for megabytes in (8, 16, 24, 32, 512):
+    for megabytes in (9, 18, 27, 36, 512):
         nbytes = ctypes.c_int64(megabytes << 20)
         rounds = 4096 // megabytes
         data = torch.randint(0, 255, (megabytes << 20,), dtype=torch.uint8, device="cuda")
@@ -250,7 +250,7 @@ def counters(child: Child, op: str) -> None:
     words = [program, "--clock-control", "none", "--target-processes", "application-only"]
     words += ["--kernel-name", f"regex:{COUNTED[op]}", "--launch-skip", "1", "--launch-count", "1"]
     words += [word for section in SECTIONS for word in ("--section", section)]
-    words += ["--print-details", "all", sys.executable, __file__, op]
+    words += ["--print-details", "body", sys.executable, __file__, op]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, flush=True)
     if done.returncode:

@@ -5,7 +5,7 @@
 namespace {
 
 __global__ void __launch_bounds__(512) l2_read(const uint4* data, int64_t count, int rounds, uint32_t* out) {
-    constexpr int kAtOnce = 8;
+    constexpr int kAtOnce = 4;
     const int64_t step = int64_t{gridDim.x} * blockDim.x;
     uint32_t sum = 0;
     for (int round = 0; round < rounds; ++round) {
@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(512) l2_read(const uint4* data, int64_t count,
 
 }  // namespace
 
-// Bytes that `rounds` rounds over `bytes` read with this many blocks: whole turns of 8 vectors a thread only.
+// Bytes that `rounds` rounds over `bytes` read with this many blocks: whole turns of 4 vectors a thread only.
 extern "C" int64_t l2_read_bytes(int64_t bytes, int rounds, int blocks) {
-    const int64_t turn = int64_t{8} * 16 * blocks * 512;
+    const int64_t turn = int64_t{4} * 16 * blocks * 512;
     return bytes / turn * turn * rounds;
 }
 

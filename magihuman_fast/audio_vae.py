@@ -150,8 +150,8 @@ class AudioVAE:
         """Build from the published `model_config.json` and names.
 
         Keys under `pretransform.model.` are used, all others ignored; where none has that prefix, all keys are
-        taken as already stripped of it. On a GPU float32 means float32: `allow_tf32` trades exactness (about
-        1e-3) for speed.
+        taken as already stripped of it. On a GPU float32 means float32; `allow_tf32` leaves that to torch's
+        settings, which by default trade exactness (about 1e-3) for speed.
 
         Raises:
             CheckpointError: a configuration this autoencoder does not support, or other keys or shapes.

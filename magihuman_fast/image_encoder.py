@@ -205,7 +205,8 @@ class ImageEncoder:
     ) -> ImageEncoder:
         """Build from the published file's names; the width is read off the shapes. Decoder keys are ignored.
 
-        On a GPU float32 means float32: `allow_tf32` trades exactness (about 1e-3) for speed.
+        On a GPU float32 means float32; `allow_tf32` leaves that to torch's settings, which by default trade exactness
+        (about 1e-3) for speed.
         """
         return cls._load(state_dict, "published", "image encoder", device, dtype, allow_tf32)
 

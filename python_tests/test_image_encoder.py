@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from cases import GOLDEN, draw_weights, load_golden
-from magihuman_fast.conv_precision import conv_precision
 from magihuman_fast.errors import CheckpointError, InputError, OutputError
 from magihuman_fast.image_encoder import ImageEncoder, preprocess_image
 from magihuman_fast.latent_statistics import LATENT_MEAN, LATENT_STD
@@ -340,16 +339,6 @@ def test_truncated_image_file(tmp_path: Path) -> None:
         preprocess_image(picture, 64, 64)
 
 
-def test_float32_convolutions_on_a_gpu() -> None:
-    cudnn = torch.backends.cudnn
-    before = (cudnn.allow_tf32, cudnn.deterministic, cudnn.enabled)
-    with conv_precision(torch.device("cuda"), allow_tf32=False):
-        assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.enabled) == (False, True, before[2])
-    with conv_precision(torch.device("cuda"), allow_tf32=True):
-        assert cudnn.allow_tf32
-    assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.enabled) == before
-
-
 def test_synthetic_names_and_shapes() -> None:
     assert wan_vae_shapes(16, 8) == SHAPES
     full = wan_vae_shapes()
@@ -375,18 +364,6 @@ def test_synthetic_names_the_folder_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file"):
         write_image_vae(tmp_path / "file" / "vae")
-
-
-def test_overlapping_threads_restore_the_callers_settings() -> None:
-    cudnn = torch.backends.cudnn
-    before = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
-    first, second = (conv_precision(torch.device("cuda"), allow_tf32=False) for _ in range(2))
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert cudnn.deterministic
-    second.__exit__(None, None, None)
-    assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == before
 
 
 @pytest.mark.parametrize(

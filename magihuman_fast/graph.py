@@ -221,18 +221,14 @@ class StepGraph:
 
     def _capture(self) -> None:
         start = time.perf_counter()
-        device = self.dit.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            # Once launch by launch, so that no kernel has to be loaded while capturing: on one latent frame, one
-            # audio and two text rows, because a whole step takes seconds at the largest sizes.
-            first_audio = self.spec.shape.tokens_per_frame
-            few = torch.tensor([0, first_audio, first_audio + 1, first_audio + 3], dtype=torch.int32)
-            for prompt in self.prompts:
-                prompt.offsets.copy_(few)
-                prompt.offsets_without_text.copy_(few)
-            self._step()
-        stream.synchronize()
-        self._graph = capture_graph(self._step, device, stream)
+        # Once launch by launch, so that no kernel has to be loaded while capturing: on one latent frame, one audio and
+        # two text rows, because a whole step takes seconds at the largest sizes. On the caller's stream: launched on
+        # that of captures, it could get into another thread's.
+        first_audio = self.spec.shape.tokens_per_frame
+        few = torch.tensor([0, first_audio, first_audio + 1, first_audio + 3], dtype=torch.int32)
+        for prompt in self.prompts:
+            prompt.offsets.copy_(few)
+            prompt.offsets_without_text.copy_(few)
+        self._step()
+        self._graph = capture_graph(self._step, self.dit.device)
         self.capture_seconds = time.perf_counter() - start

@@ -115,23 +115,37 @@ def launch(
         module.clear_buffers()
 
 
+# torch hands streams out in turn, 32 for each device and priority: of more objects, some are the same stream. What is
+# launched on a stream under capture becomes part of the graph, so captures have a priority to themselves, which is also
+# that of the graph's kernels: they go before what runs beside them.
+_SIDE_PRIORITY, _CAPTURE_PRIORITY = -1, -2
+_capture_streams: dict[int, torch.cuda.Stream] = {}
 # Before a capture torch synchronises the device, which would break another one that is under way.
 _one_capture_at_a_time = Lock()
 
 
-def capture_graph(
-    run: Callable[[], object], device: torch.device, stream: torch.cuda.Stream
-) -> torch.cuda.CUDAGraph:
-    """What `run` launches on `device`, captured on `stream` without running it.
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of `device` for what runs beside the current stream; never the one that graphs are captured on."""
+    return torch.cuda.Stream(device, priority=_SIDE_PRIORITY)
 
-    It must have run once before, so that no kernel has to be loaded, and must not allocate. Whoever replays the graph
-    keeps every buffer that it reads or writes. `stream` is one of `device` that nothing else uses: torch's own default
-    for captures belongs to whichever device came first. Other threads may allocate and copy meanwhile.
+
+def capture_graph(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """What `run` launches on `device`, captured without running it, on a stream that serves nothing else.
+
+    It must have run once before, on any other stream, so that no kernel has to be loaded, and must not allocate.
+    Whoever replays the graph keeps every buffer that it reads or writes. Captures wait for one another; other threads
+    may launch, allocate and copy meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
-    capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-    with _one_capture_at_a_time, torch.cuda.device(device), capture:
-        run()
+    # Set the caller's stream, to set it again in the end: torch leaves that of a capture that failed.
+    callers = torch.cuda.stream(torch.cuda.current_stream(device))
+    with _one_capture_at_a_time, torch.cuda.device(device), callers:
+        index = torch.cuda.current_device()
+        stream = _capture_streams.get(index)
+        if stream is None:
+            stream = _capture_streams[index] = torch.cuda.Stream(device, priority=_CAPTURE_PRIORITY)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
     return graph
 
 

@@ -25,6 +25,7 @@ from .errors import InputError
 from .generation import Beside, CancelEvent, EitherEvent, GenerationResult, OnStep, Stages
 from .graph import StepSpec
 from .image_encoder import ImageEncoder, preprocess_image
+from .kernel_launch import side_stream
 from .loading import OnLoad, load_components, measured_sizes
 from .memory_estimate import Model
 from .memory_plan import MemoryPlan, check_request, device_capacity, memory_plan
@@ -107,7 +108,7 @@ class MagiHumanPipeline:
             kernels=self.engine.backend is not None,
         )
         self._turn = threading.Lock()
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._side = side_stream(self.device) if self.device.type == "cuda" else None
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="magihuman")
 
     @classmethod

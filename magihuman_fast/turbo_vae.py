@@ -24,7 +24,7 @@ from .config import VAE_STRIDE
 from .conv_weights import pack_conv, pack_time, pack_upsample
 from .decode_plan import REGIONS, Pixels, Region, Step, plan_decode, region_bytes
 from .errors import InputError
-from .kernel_launch import capture_graph
+from .kernel_launch import capture_graph, side_stream
 from .latent_statistics import LATENT_MEAN, LATENT_STD
 from .reference import turbo_vae as reference
 from .reference.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS, Window, check_latent, num_frames, plan_windows
@@ -171,7 +171,7 @@ class TurboVAE:
             if graph is None:
                 run = partial(self.run_window, part, self.alone(window), buffer, workspace)
                 run()
-                workspace.graphs[key] = capture_graph(run, self.device, workspace.capture_stream)
+                workspace.graphs[key] = capture_graph(run, self.device)
             else:
                 graph.replay()
             copies.wait_stream(stream)
@@ -298,7 +298,7 @@ class Workspace:
         self.frames: list[Tensor] = []
         if device.type == "cuda":
             self.frames = [torch.empty(frame_shape, dtype=torch.uint8, device=device) for _ in range(2)]
-            self.copy_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self.copy_stream = side_stream(device)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -119,8 +119,9 @@ class TurboVAE:
     def decode_frames(self, latent: Tensor, on_window: Callable[[int, int], object] | None = None) -> Tensor:
         """(48, T, h, w) latent to uint8 RGB frames (F, H, W, 3) in host memory, filled window by window.
 
-        On a GPU that memory is pinned, each window's frames are copied while the next one decodes, and a window is
-        captured when it is first decoded and replayed from then on.
+        On a GPU each window's frames are copied while the next one decodes, through pinned memory for two windows that
+        is kept for the next decode; torch makes it up to twice as large as they are (512 MiB at 1080p), the result is
+        ordinary memory. A window is captured when it is first decoded and replayed from then on.
         `on_window(done, total)` is called once a window's frames are there; what it raises ends the decode.
         """
         if self._model is not None:
@@ -129,7 +130,7 @@ class TurboVAE:
         _, t, h, w = latent.shape
         windows = self._plan(t)
         shape = (num_frames(t), h * VAE_STRIDE, w * VAE_STRIDE, 3)
-        frames = torch.empty(shape, dtype=torch.uint8, pin_memory=self.backend == "gpu")
+        frames = torch.empty(shape, dtype=torch.uint8)
         with self._workspace(windows, latent) as workspace:
             decode = self._frames_by_copy if self.backend == "gpu" else self._frames_in_place
             for done in decode(windows, frames, workspace):
@@ -157,12 +158,18 @@ class TurboVAE:
             yield done
 
     def _frames_by_copy(self, windows: list[Window], frames: Tensor, workspace: Workspace) -> Iterator[int]:
-        """Decode into two buffers in turn, copying one to the host while the other is filled."""
+        """Decode into two buffers in turn, copying one to the host and there to `frames` while the other is filled."""
         stream, copies = torch.cuda.current_stream(self.device), workspace.copy_stream
         arrived: list[torch.cuda.Event] = []
+
+        def collect(i: int) -> None:
+            window = windows[i]
+            arrived[i].synchronize()
+            on_host = workspace.staging[i % 2][: window.keep_stop - window.keep_start]
+            frames[window.out_start : window.out_stop] = on_host
+
         for i, window in enumerate(windows):
-            if i >= 2:
-                stream.wait_event(arrived[i - 2])
+            # Free again: what it held two windows ago has been collected.
             buffer = workspace.frames[i % 2][: window.keep_stop - window.keep_start]
             # Wherever it lies in a clip of any length, a window of these sizes is the same launches on the same bytes.
             part = workspace.window_latent(window)
@@ -176,12 +183,12 @@ class TurboVAE:
                 graph.replay()
             copies.wait_stream(stream)
             with torch.cuda.stream(copies):
-                frames[window.out_start : window.out_stop].copy_(buffer, non_blocking=True)
+                workspace.staging[i % 2][: len(buffer)].copy_(buffer, non_blocking=True)
                 arrived.append(copies.record_event())
             if i > 0:
-                arrived[i - 1].synchronize()
+                collect(i - 1)
                 yield i
-        arrived[-1].synchronize()
+        collect(len(windows) - 1)
         yield len(windows)
 
     @staticmethod
@@ -300,8 +307,15 @@ class Workspace:
             self.frames = [torch.empty(frame_shape, dtype=torch.uint8, device=device) for _ in range(2)]
             self.copy_stream = side_stream(device)
 
+    @cached_property
+    def staging(self) -> list[Tensor]:
+        """Two windows' frames on the host, in turn, pinned on a GPU; made by the first decode to frames."""
+        pinned = self._device.type == "cuda"
+        return [torch.empty(self._frame_shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+
     @property
     def nbytes(self) -> int:
+        """Of device memory."""
         return sum(buffer.nbytes for buffer in self._buffers())
 
     def _buffers(self) -> tuple[Tensor, ...]:

@@ -266,7 +266,9 @@ def test_peak_memory_and_pinned_frames_on_a_gpu() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     frames = vae.decode_frames(random_latent(15, *LATENTS["1080p"]).cuda())
-    assert frames.is_pinned()
+    (space,) = vae._free
+    assert [buffer.is_pinned() for buffer in (frames, *space.staging)] == [False, True, True]
+    assert sum(buffer.nbytes for buffer in space.staging) == 2 * 28 * 1088 * 1920 * 3
     peak = torch.cuda.max_memory_allocated() - before
     print(f"1080p: {peak / 1e9:.2f} GB beside the weights")
     require(peak < 12e9, "the decode takes over 12 GB", peak=peak)

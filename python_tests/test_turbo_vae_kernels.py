@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from backends import BACKENDS, device_of
 from cases import load_golden
-from magihuman_fast import InputError, decode_plan, ops
+from magihuman_fast import InputError, decode_plan, ops, turbo_vae
 from magihuman_fast import TurboVAE as PublicTurboVAE
 from magihuman_fast.decode_plan import Pixels, Step, merged
 from magihuman_fast.errors import Cancelled
@@ -137,6 +139,90 @@ def test_buffers_serve_shorter_clips_but_not_longer_ones() -> None:
     assert space(14).fits(*short)
     assert not space(14, 13).fits(*longer)
     assert not space(13).fits(*short[:2], (1, 16, 32, 3))
+
+
+class LateCopies(TorchFunctionMode):
+    """A GPU's copy stream: a copy is done when somebody waits for it; until then there are other bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queued: list[tuple[Tensor, Tensor]] = []
+        self.waits: list[int] = []  # of the host, each for so many copies
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.copy_:
+            return func(*args, **(kwargs or {}))
+        assert kwargs == {"non_blocking": True}
+        to, source = args
+        self.queued.append((to, source))
+        return to.fill_(77)
+
+    def wait_stream(self, stream: object) -> None:
+        """Launches are over at once here."""
+
+    def record_event(self) -> SimpleNamespace:
+        count, missing = len(self.queued), self.queued[-1]
+
+        def synchronize() -> None:
+            self.waits.append(count)
+            to, source = missing
+            to.copy_(source)
+
+        return SimpleNamespace(synchronize=synchronize)
+
+
+def test_frames_pass_through_two_windows_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, on a stand-in for its streams: a window is copied out while the next one decodes."""
+    vae = tiny_vae(dict(TINY_CONFIG) | {"first_chunk_size": 1, "step_size": 1})
+    latent = (16 * torch.arange(5.0)).view(1, 5, 1, 1).repeat(48, 1, 1, 1)
+    windows, copies = vae._plan(5), LateCopies()
+    launched: list[int] = []  # at each window's launch: how many the host has waited for
+
+    def run(latent: Tensor, window: Window, out: Tensor, workspace: Workspace) -> None:
+        launched.append(len(copies.waits))
+        out[:] = latent[0, window.start] + window.keep_start + torch.arange(len(out)).view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(vae, "run_window", run)
+    expected = vae.decode_frames(latent)
+    launched.clear()
+    monkeypatch.setattr(turbo_vae, "capture_graph", lambda run, device: SimpleNamespace(replay=run))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    with vae._workspace(windows, latent) as workspace:
+        workspace.frames = [torch.empty(workspace._frame_shape, dtype=torch.uint8) for _ in range(2)]
+        workspace.copy_stream = copies
+        staging = workspace.staging
+        for _ in range(2):  # launched and captured, then replayed
+            frames = torch.full_like(expected, 99)
+            for done in vae._frames_by_copy(windows, frames, workspace):
+                stop = windows[done - 1].out_stop
+                assert torch.equal(frames[:stop], expected[:stop])
+            assert done == len(windows) == 5
+            # The host waits for a window when the next one has been launched.
+            assert launched == [0, 0, 1, 2, 3]
+            assert copies.waits == [1, 2, 3, 4, 5]
+            for log in (launched, copies.waits, copies.queued):
+                log.clear()
+        assert workspace.staging is staging
+        assert sum(buffer.nbytes for buffer in staging) == 2 * 4 * 16 * 16 * 3
+
+
+def test_pinned_are_two_windows_and_only_for_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, pinned = torch.empty, []
+
+    def on_the_cpu(size: Any, dtype: Any = None, device: Any = None, pin_memory: bool = False) -> Tensor:
+        if pin_memory:
+            pinned.append(size)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", on_the_cpu)
+    monkeypatch.setattr(turbo_vae, "side_stream", lambda device: None)
+    size = (28, 16, 16, 3)
+    space = Workspace(dict.fromkeys(decode_plan.REGIONS, 2), size, torch.device("cuda"))
+    assert pinned == []
+    assert [tuple(buffer.shape) for buffer in space.staging] == pinned == [size, size]
+    # Not of the device.
+    assert space.nbytes == 2 * 28 * 16 * 16 * 3 + 2 * len(decode_plan.REGIONS)
 
 
 @pytest.mark.parametrize(

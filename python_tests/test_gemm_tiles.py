@@ -1,9 +1,11 @@
-"""The choice of tiles, and bugs planted in the matrix product, which the simulator must find."""
+"""The choice of tiles, their order, and bugs planted in the matrix product, which the simulator must find."""
 
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,6 +84,168 @@ def test_model_shapes_run_with_the_tile_they_are_meant_for(library: ctypes.CDLL,
         num_sms = 1 if size in test_gemm_gpu.TWO_ROUNDS else sms
         rows = sum(test_gemm_gpu.SQUARE_ROWS) + 2
         assert chosen(verdicts(library, rows, columns, k, 3, num_sms)) == SQUARE, (kind, size)
+
+
+# --- the order of tiles ---------------------------------------------------------------------------------------
+
+TILE_ROWS, TILE_COLUMNS, NARROW_ROWS, BAND = 128, 256, 64, 8
+CLUSTERS = 66  # pairs of blocks on 132 multiprocessors
+ODD_COST = 0.65  # of a whole unit: its second warpgroup has no row
+
+
+class ScheduledTile(ctypes.Structure):
+    """As in csrc/gemm/tests/sim_library.cpp."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int)
+        for name in ("round", "cluster", "rank", "group", "row", "column", "rows", "a_rows", "narrow", "odd")
+    )
+
+
+Unit = list[ScheduledTile]  # the tiles of one cluster's blocks in one round
+
+
+def tiles_of(count: int, size: int = TILE_ROWS) -> int:
+    return -(-count // size)
+
+
+def bounds_of(rows: tuple[int, ...]) -> list[int]:
+    return [0, *torch.tensor(rows).cumsum(0).tolist()]
+
+
+def schedule(
+    library: ctypes.CDLL,
+    rows: tuple[int, ...],
+    n_tiles: int,
+    clusters: int,
+    blocks: int = 2,
+    narrow: bool = False,
+) -> list[Unit]:
+    """Every unit, round by round, and within one cluster by cluster."""
+    offsets = (ctypes.c_int * 4)(*(bounds_of(rows) if len(rows) == 3 else [0, *rows * 3]))
+    room = (ScheduledTile * (2 * (sum(tiles_of(r, NARROW_ROWS) for r in rows) + 3) * (n_tiles + 3)))()
+    arguments = (offsets, len(rows), n_tiles, int(narrow), TILE_COLUMNS, blocks, clusters, room)
+    tiles: list[ScheduledTile] = list(room[: library.gemm_schedule(*arguments)])
+    tiles.sort(key=lambda t: (t.round, t.cluster, t.rank))
+    units = [tiles[i : i + blocks] for i in range(0, len(tiles), blocks)]
+    for unit in units:
+        assert len({(t.round, t.cluster, t.group, t.narrow, t.odd) for t in unit}) == 1
+        assert [t.rank for t in unit] == list(range(blocks))
+    return units
+
+
+def check_schedule(
+    units: list[Unit], rows: tuple[int, ...], n_tiles: int, clusters: int, narrow: bool
+) -> None:
+    """Every tile once, as large as its range leaves it; what a pair shares; full rounds."""
+    bounds = bounds_of(rows)
+    stored = Counter((t.group, t.row, t.column, t.rows) for unit in units for t in unit if t.rows > 0)
+    expected: set[tuple[int, int, int, int]] = set()
+    for g, (start, end) in enumerate(pairwise(bounds)):
+        columns = range(0, n_tiles * TILE_COLUMNS, TILE_COLUMNS)
+        expected |= {
+            (g, r, c, min(end - r, TILE_ROWS)) for r in range(start, end, TILE_ROWS) for c in columns
+        }
+        if narrow:
+            edge = n_tiles * TILE_COLUMNS
+            expected |= {(g, r, edge, min(end - r, NARROW_ROWS)) for r in range(start, end, NARROW_ROWS)}
+    assert set(stored) == expected
+    assert set(stored.values()) <= {1}
+    for unit in units:
+        if unit[0].odd:
+            assert len({(t.row, t.a_rows) for t in unit}) == 1
+        else:
+            assert len({t.column for t in unit}) == 1
+            assert all(t.a_rows == t.rows for t in unit)
+    places = [(unit[0].round, unit[0].cluster) for unit in units]
+    assert places == [divmod(i, clusters) for i in range(len(units))]
+    # Narrow ones last.
+    assert sorted(unit[0].narrow for unit in units) == [unit[0].narrow for unit in units]
+
+
+# One range; three; ranges of one row of tiles, of fewer pairs than a band and of more than one band; none at all.
+SCHEDULED_ROWS = (
+    *((1,), (128,), (129,), (257,), (300,), (2048,), (2049,), (4110,), (5000,)),
+    *((3630, 80, 400), (130, 70, 33), (0, 129, 5), (65, 0, 200), (0, 0, 66), (20, 0, 0), (100, 100, 100)),
+    *((300, 290, 310), (80, 400, 2100), (5, 6, 4110), (0, 0, 0), (2304, 2305, 129)),
+)
+
+
+@pytest.mark.parametrize("rows", SCHEDULED_ROWS, ids=str)
+def test_every_tile_comes_once(library: ctypes.CDLL, rows: tuple[int, ...]) -> None:
+    for n_tiles in (1, 2, 3, 7, 20):
+        for clusters in (1, 2, 3, 17, CLUSTERS):
+            for blocks in (1, 2):
+                for narrow in (False, True):
+                    units = schedule(library, rows, n_tiles, clusters, blocks, narrow)
+                    check_schedule(units, rows, n_tiles, clusters, narrow)
+
+
+@pytest.mark.parametrize("n_tiles", [1, 2, 5, 20, 107])
+@pytest.mark.parametrize("rows", SCHEDULED_ROWS, ids=str)
+def test_odd_units_follow_the_pairs_of_their_columns(
+    library: ctypes.CDLL, rows: tuple[int, ...], n_tiles: int
+) -> None:
+    units = schedule(library, rows, n_tiles, 1)  # one cluster takes the list as it is
+    any_pairs = any(r > TILE_ROWS for r in rows)
+    run = 0
+    for i, unit in enumerate(units):
+        run = run + 1 if unit[0].odd else 0
+        if not run:
+            continue
+        assert not any_pairs or run <= len(rows), "odd units come in a heap"
+        group, row = unit[0].group, unit[0].row
+        pairs = (row - bounds_of(rows)[group]) // (2 * TILE_ROWS)
+        if pairs == 0:
+            continue
+        last_band = pairs - (pairs - 1) // BAND * BAND
+        columns = {t.column for t in unit if t.column < n_tiles * TILE_COLUMNS}
+        before = units[i - run + 1 - last_band * len(columns) : i - run + 1]
+        found = {(other[0].group, other[0].row, other[0].column) for other in before if not other[0].odd}
+        starts = range(row - 2 * TILE_ROWS * last_band, row, 2 * TILE_ROWS)
+        assert found == {(group, start, column) for start in starts for column in columns}
+
+
+def longest(units: list[list[bool]]) -> float:
+    """What the busiest cluster has to do; True: an odd unit."""
+    return max(sum(ODD_COST if odd else 1.0 for odd in cluster) for cluster in units)
+
+
+@pytest.mark.parametrize("n_tiles", [20, 28, 80, 107])
+@pytest.mark.parametrize("rows", [(4110,), (3630, 80, 400), (3600, 200, 300), (65806,)], ids=str)
+def test_the_last_round_is_as_cheap_as_with_odd_units_last(
+    library: ctypes.CDLL, rows: tuple[int, ...], n_tiles: int
+) -> None:
+    units = schedule(library, rows, n_tiles, CLUSTERS)
+    ours: list[list[bool]] = [[] for _ in range(CLUSTERS)]
+    for unit in units:
+        ours[unit[0].cluster].append(bool(unit[0].odd))
+    odd = sum(unit[0].odd for unit in units)
+    last = [False] * (len(units) - odd) + [True] * odd
+    assert longest(ours) <= longest([last[c::CLUSTERS] for c in range(CLUSTERS)]) + 1e-9
+    # Their weights were read in the same round or the one before.
+    read: dict[tuple[int, int], int] = {}
+    for unit in units:
+        if not unit[0].odd:
+            read[unit[0].group, unit[0].column] = unit[0].round
+    for unit in units:
+        key = (unit[0].group, unit[0].column)
+        if unit[0].odd and key in read:
+            assert 0 <= unit[0].round - read[key] <= 1
+
+
+def test_rounds_of_the_longest_cluster(library: ctypes.CDLL) -> None:
+    def rounds(rows: tuple[int, ...], n_tiles: int) -> float:
+        units = schedule(library, rows, n_tiles, CLUSTERS)
+        return longest([[bool(u[0].odd) for u in units if u[0].cluster == c] for c in range(CLUSTERS)])
+
+    assert len(schedule(library, (4110,), 20, CLUSTERS)) == 5 * CLUSTERS
+    assert rounds((4110,), 20) == 5
+    assert rounds((4110,), 107) == pytest.approx(26.65)
+    assert rounds((3630, 80, 400), 20) == pytest.approx(5.65)
+
+
+# --- planted bugs ---------------------------------------------------------------------------------------------
 
 
 class GemmBf16Params(ctypes.Structure):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from machine_code import CSRC, Kernel, compile_kernels
+from machine_code import CSRC, Kernel, compile_kernels, registers_of
 
 # Threads share 65536 registers: 384 of them start with 168 each; then one warpgroup keeps 40 and two take 232.
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
@@ -64,6 +64,10 @@ def test_registers(kernels: dict[tuple[str, str], Kernel], source: str, tile: st
     assert f"Used {REGISTERS_AT_START} registers" in kernel.resources
     assert kernel.register_moves() == [("DEALLOC", PRODUCER), ("TRY_ALLOC", CONSUMER)]
     assert kernel.highest_register() < CONSUMER
+    code = kernel.instructions
+    (first,) = (i for i, line in enumerate(code) if "USETMAXREG.DEALLOC" in line)
+    last = next(i for i in range(first, len(code)) if "EXIT" in code[i])
+    assert max(registers_of("\n".join(code[first:last]))) < PRODUCER
 
 
 @pytest.mark.parametrize(("source", "tile"), CASES)

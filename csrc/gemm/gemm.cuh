@@ -63,17 +63,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         block_sync();
     }
 
-    const Scheduler<Config::kCluster> scheduler(p.tiles, rank);
-    const int units = static_cast<int>(gridDim.x) / Config::kCluster;
-    int unit = static_cast<int>(blockIdx.x) / Config::kCluster;
+    Scheduler<Config::kCluster> scheduler(p.tiles, load_ranges(p.tiles.modality_offsets, p.tiles.m), rank,
+                                          static_cast<int>(blockIdx.x) / Config::kCluster,
+                                          static_cast<int>(gridDim.x) / Config::kCluster);
     Tile tile;
     if (warp < 4) {
         role("producer");
         registers_release<Config::kProducerRegisters>();
         if (warp == 0 && elect_one()) {
-            for (; scheduler.get(unit, tile); unit += units) {
-                produce(ring, &p.a, &p.w, tile, p.n, p.k_blocks, rank);
-            }
+            while (scheduler.next(tile)) produce(ring, &p.a, &p.w, tile, p.n, p.k_blocks, rank);
         }
         warp_sync();
     } else {
@@ -81,13 +79,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         registers_claim<Config::kConsumerRegisters>();
         const int consumer = static_cast<int>(warp) / 4 - 1;
         uint8_t* staging = shared + Config::kStaging + (warp - 4) * Config::kWarpStagingBytes;
-        bool more = scheduler.get(unit, tile);
+        bool more = scheduler.next(tile);
         while (more) {
             const Tile current = tile;
-            const auto next = [&] {
-                unit += units;
-                more = scheduler.get(unit, tile);
-            };
+            const auto next = [&] { more = scheduler.next(tile); };
             if (current.rows <= consumer * 64) {
                 pass(ring, consumer, p.k_blocks);
                 next();

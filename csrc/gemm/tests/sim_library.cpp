@@ -36,9 +36,40 @@ void launch_broken(int bug, const GemmBf16Params& p) {
     throw std::invalid_argument("no such bug");
 }
 
+struct ScheduledTile {
+    int round, cluster, rank, group, row, column, rows, a_rows, narrow, shares_rows;
+};
+
+template <int kCluster>
+int write_schedule(const gemm::TileList& list, const ModalityRanges& ranges, int clusters,
+                   ScheduledTile* out) {
+    int count = 0;
+    for (int cluster = 0; cluster < clusters; ++cluster) {
+        for (int rank = 0; rank < kCluster; ++rank) {
+            gemm::Scheduler<kCluster> scheduler(list, ranges, rank, cluster, clusters);
+            gemm::Tile tile;
+            for (int round = 0; scheduler.next(tile); ++round) {
+                out[count++] = {
+                    round,       cluster,   rank,        tile.group,  tile.row,
+                    tile.column, tile.rows, tile.a_rows, tile.narrow, tile.shared == gemm::Shared::kRows};
+            }
+        }
+    }
+    return count;
+}
+
 }  // namespace
 
 extern "C" {
+
+// Every tile of every block, into room for all of them; returns how many there are. `offsets` as on the device.
+int gemm_schedule(const int* offsets, int groups, int n_tiles, int narrow, int block_n, int blocks_of_cluster,
+                  int clusters, ScheduledTile* out) {
+    const gemm::TileList list{offsets, offsets[3], groups, n_tiles, narrow, block_n};
+    const ModalityRanges ranges{offsets[1], offsets[2], offsets[3]};
+    return blocks_of_cluster == 2 ? write_schedule<2>(list, ranges, clusters, out)
+                                  : write_schedule<1>(list, ranges, clusters, out);
+}
 
 void sim_register(const void* start, size_t bytes, const char* name) {
     sim::register_global(start, bytes, name);

@@ -2,8 +2,8 @@
 
 The parent imports everything once and never touches CUDA, so that each child begins with a fresh context and in
 milliseconds. Nor does it ever compute on more than one thread: a pool of threads does not survive a fork, and the child
-would wait for it for ever. A child is a process group of its own; it is killed as a group when it has had its seconds, or when it has
-said nothing for too long.
+would wait for it for ever. A child is a process group of its own; it is killed as a group when it has had its seconds,
+or when it has said nothing for too long.
 """
 
 from __future__ import annotations
@@ -67,18 +67,19 @@ def run_forked(
     heartbeat: Path,
     environment: Mapping[str, str] | None = None,
     before_kill: Callable[[int], object] = lambda pid: None,
+    threads: int = 1,
 ) -> Ended:
     """Run `work` in a child, its output appended to `log`.
 
     `stall`: seconds without growth of the file `heartbeat` after which the child counts as hung. `before_kill` is
-    called with the pid of a child that is to be killed.
+    called with the pid of a child that is to be killed. `threads`: that torch computes on in the child.
     """
     began = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _be_child(work, log, environment or {})
+        _be_child(work, log, environment or {}, threads)
     try:
         how = _watch(pid, began + seconds, stall, heartbeat)
         if how in ("hung", "out of time"):
@@ -88,7 +89,7 @@ def run_forked(
     return Ended(how, time.monotonic() - began)
 
 
-def _be_child(work: Callable[[], object], log: Path, environment: Mapping[str, str]) -> None:
+def _be_child(work: Callable[[], object], log: Path, environment: Mapping[str, str], threads: int) -> None:
     """Never returns."""
     code = 1
     try:
@@ -101,7 +102,7 @@ def _be_child(work: Callable[[], object], log: Path, environment: Mapping[str, s
         os.environ.update(environment)
         faulthandler.enable()
         allow_cuda()
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(threads)
         work()
         code = 0
     except SystemExit as end:

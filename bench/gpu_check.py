@@ -79,6 +79,8 @@ class Run:
                 stall=group.stall,
                 heartbeat=self.records.path,
                 environment=environment,
+                # A rehearsal shares its few cores with whatever else runs there.
+                threads=(os.cpu_count() or 1) if self.device == "cuda" else 1,
                 before_kill=lambda pid, dump=dump, on=bool(environment): self._dump(dump, group.name, on),
             )
             self.records.mend()
@@ -264,6 +266,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--kit", type=Path, metavar="DIR", help="what `make gpu-kit` prepared; it is put in place"
     )
     parser.add_argument("--plan", choices=("first", "second"), default="first", help="default: first")
+    parser.add_argument(
+        "--beside", type=Path, metavar="DIR", help="another build of _C and the kernels, timed too"
+    )
     parser.add_argument("--groups", metavar="A,B", help="only these groups (default: all of the plan)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all groups")
     parser.add_argument("--faulty-budget", type=float, metavar="SECONDS", help="for all, once one was bad")
@@ -301,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As an exception, so that the child that runs is ended with this script instead of keeping the GPU busy.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     plan = gpu_plan.PLANS[args.plan]
+    if args.beside is not None:
+        plan = gpu_plan.beside(plan, args.beside)
     if args.groups is not None:
         names = args.groups.split(",")
         unknown = set(names) - {group.name for group in plan}

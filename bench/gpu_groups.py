@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -111,9 +112,14 @@ def l2_throughput(library: Path) -> list[dict[str, float]]:
 # --- timings ------------------------------------------------------------------------------------------------------
 
 
-def timed(child: Child, builders: Sequence[Builder], size: str) -> None:
-    """Every case's kernel, its compiled tiles and the libraries' kernels, beside this run's ceilings."""
+def timed(child: Child, builders: Sequence[Builder], size: str, other: Path | None = None) -> None:
+    """Every case's kernel, its compiled tiles and the libraries' kernels, beside this run's ceilings.
+
+    `other`: a folder with another build of the kernels and their binding, which is timed instead, by itself.
+    """
     s = setting_of(child, size)
+    if other is not None and child.on_gpu:
+        load_kernels(other)
     known = child.ceilings()
     limits = (
         measure_ceilings(child.device)
@@ -124,6 +130,9 @@ def timed(child: Child, builders: Sequence[Builder], size: str) -> None:
     child.add("fact", {"state": gpu_state()})
     for case in quick_variants(case for build in builders for case in build(s)):
         step = f"{case.op} ({case.shape})"
+        if other is not None:
+            subject = dataclasses.replace(case.variants[0], name=f"kernel, {other.name}")
+            case = dataclasses.replace(case, variants=(subject,))
         if child.begin(step):
             run_case(
                 case,
@@ -135,6 +144,17 @@ def timed(child: Child, builders: Sequence[Builder], size: str) -> None:
             )
             child.end(step)
     child.add("fact", {"state": gpu_state()})
+
+
+def load_kernels(folder: Path) -> None:
+    """Take the kernels' module from a folder instead of the package's, where none is loaded yet."""
+    name = "magihuman_fast._C"
+    assert name not in sys.modules
+    spec = importlib.util.spec_from_file_location(name, next(folder.glob("_C.*.so")))
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 def quick_variants(cases: Iterable[Case]) -> Iterator[Case]:
@@ -226,14 +246,7 @@ def sanitize(child: Child, name: str) -> None:
         raise SystemExit(code)
 
 
-SECTIONS = (
-    "SpeedOfLight",
-    "WarpStateStats",
-    "MemoryWorkloadAnalysis",
-    "SchedulerStats",
-    "LaunchStats",
-    "Occupancy",
-)
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "SchedulerStats")
 
 
 def counters(child: Child, op: str) -> None:
@@ -250,7 +263,7 @@ def counters(child: Child, op: str) -> None:
     words = [program, "--clock-control", "none", "--target-processes", "application-only"]
     words += ["--kernel-name", f"regex:{COUNTED[op]}", "--launch-skip", "1", "--launch-count", "1"]
     words += [word for section in SECTIONS for word in ("--section", section)]
-    words += ["--print-details", "body", sys.executable, __file__, op]
+    words += ["--print-details", "all", sys.executable, __file__, op]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, flush=True)
     if done.returncode:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -259,6 +259,25 @@ SECOND = (
     ),
 )
 PLANS = {"first": PLAN, "second": SECOND}
+
+
+def beside(plan: tuple[Group, ...], folder: Path) -> tuple[Group, ...]:
+    """The plan with another build of the kernels timed right after its own, at 256p."""
+    found: list[Group] = []
+    for group in plan:
+        found.append(group)
+        if (
+            isinstance(group.work, partial)
+            and group.work.func is gpu_groups.timed
+            and group.name.endswith("-256p")
+        ):
+            work = partial(group.work, other=folder)
+            found.append(
+                replace(
+                    group, name=f"{group.name}-{folder.name}", what=f"{group.what}: {folder.name}", work=work
+                )
+            )
+    return tuple(found)
 
 
 def test_files(plan: tuple[Group, ...]) -> list[Path]:

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import gpu_check
 import gpu_plan
 import report
@@ -23,7 +25,7 @@ from records import Child
 
 BUDGET = 400
 PLANTED = Path(__file__).with_name("planted_faults.py")
-TESTS, OVERRUN = "planted-tests", "planted-overrun"
+TESTS, OVERRUN, THREADS = "planted-tests", "planted-overrun", "planted-threads"
 
 
 def faulty_tests(child: Child) -> None:
@@ -37,13 +39,22 @@ def overrun(child: Child) -> None:
             child.end(f"part {i}")
 
 
+def on_threads(child: Child) -> None:
+    """What hangs for ever in a child whose parent has had threads."""
+    child.begin("two threads")
+    torch.set_num_threads(2)
+    assert int(torch.ones(1 << 22).add_(1).sum()) == 2 << 22
+    child.end("two threads")
+
+
 def with_faults(plan: Sequence[Group]) -> tuple[Group, ...]:
     """The plan with two groups of planted faults among its first ones."""
     planted = (
         Group(TESTS, 60, "tests that hang, crash, lose the device and are wrong", faulty_tests, stall=2),
         Group(OVERRUN, 2, "work without end", overrun),
+        Group(THREADS, 30, "work on several threads", on_threads),
     )
-    return (*plan[:2], planted[0], *plan[2:3], planted[1], *plan[3:])
+    return (*plan[:2], planted[0], *plan[2:3], *planted[1:], *plan[3:])
 
 
 def failing_once(flag: Path, device: str) -> None:

@@ -1,6 +1,6 @@
-// x += bf16(product), x in float32. The four lanes of a quad hold 32 consecutive bytes of a row: whole sectors,
-// so registers meet memory directly. What x costs is latency: the lines are fetched to L2 beside the last
-// products, and 32 values a lane are read at a time.
+// x += bf16(product), x in float32. The four lanes of a quad hold 32 consecutive bytes of a row: whole sectors, which L2
+// adds where they lie. Every element of x is added to once a launch, so the order of additions does not matter. The
+// lines are fetched to L2 beside the last products.
 #pragma once
 
 #include "gemm/epilogue_store.cuh"
@@ -45,7 +45,6 @@ struct ResidualEpilogue {
   private:
     template <int kN, bool kRagged>
     HOPPER_INLINE void add(const float (&acc)[kN / 2], const WarpTile& tile) const {
-        constexpr int kBatch = 16;  // blocks of 8 columns whose x is under way at a time
         const int lane = static_cast<int>(tile.lane);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -54,25 +53,14 @@ struct ResidualEpilogue {
             float* at = x + (tile.row + row) * ldx + first_column;
             const int left = n - first_column;
 #pragma unroll
-            for (int first = 0; first < kN / 8; first += kBatch) {
-                float2 before[kBatch];
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j) {
-                    const int c = 8 * (first + j);
-                    if (!kRagged || c + 1 < left)
-                        before[j] = load_global(reinterpret_cast<const float2*>(at + c));
-                }
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j) {
-                    const int c = 8 * (first + j), r = 4 * (first + j) + 2 * half;
-                    const uint32_t pair = pack_bf16x2(acc[r], acc[r + 1]);
-                    if (!kRagged || c + 1 < left) {
-                        store_global(
-                            reinterpret_cast<float2*>(at + c),
-                            make_float2(before[j].x + low_bf16(pair), before[j].y + high_bf16(pair)));
-                    } else if (c < left) {
-                        store_global(at + c, load_global(at + c) + low_bf16(pair));
-                    }
+            for (int j = 0; j < kN / 8; ++j) {
+                const int c = 8 * j, r = 4 * j + 2 * half;
+                const uint32_t pair = pack_bf16x2(acc[r], acc[r + 1]);
+                if (!kRagged || c + 1 < left) {
+                    reduce_add_global(reinterpret_cast<float2*>(at + c),
+                                      make_float2(low_bf16(pair), high_bf16(pair)));
+                } else if (c < left) {
+                    reduce_add_global(at + c, low_bf16(pair));
                 }
             }
         }

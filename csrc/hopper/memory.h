@@ -111,6 +111,26 @@ HOPPER_INLINE T atomic_add_global(T* address, T value) {
 #endif
 }
 
+// Adds to one float, or two, where they lie: nothing comes back, and nobody waits.
+HOPPER_INLINE void reduce_add_global(float* address, float value) {
+#if defined(MAGIHUMAN_SIM)
+    sim::store_global(address, sim::load_global(address) + value);
+#else
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+#endif
+}
+
+HOPPER_INLINE void reduce_add_global(float2* address, float2 value) {
+#if defined(MAGIHUMAN_SIM)
+    const float2 before = sim::load_global(address);
+    sim::store_global(address, make_float2(before.x + value.x, before.y + value.y));
+#else
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(value.x),
+                 "f"(value.y)
+                 : "memory");
+#endif
+}
+
 template <typename T>
 HOPPER_INLINE T load_shared(const void* address) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);

@@ -25,6 +25,7 @@ BUGS = (
     "no value wait",
     "no query wait",
     "no peer release",
+    "no drain",
     "early release",
     "early queries",
     "early weights",
@@ -246,6 +247,7 @@ def test_nothing_is_found_without_a_bug_and_much_work(attention_library: ctypes.
         ("no query wait", ("read before arrival", "un-waited work", "phase overrun")),
         # Its consequences too: the first is the mistake itself.
         ("no peer release", ("deadlock", "early overwrite")),
+        ("no drain", ("block ended",)),
         ("early release", ("early overwrite", "read before arrival", "phase overrun", "deadlock")),
         ("early queries", ("early overwrite", "read before arrival", "phase overrun", "deadlock")),
         ("early weights", ("register use in flight",)),

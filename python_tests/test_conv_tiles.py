@@ -39,6 +39,7 @@ BUGS = (
     "early pixel release",
     "early weight release",
     "no peer release",
+    "no drain",
     "no turn wait",
     "no clamp",
     "stores beyond edge",
@@ -237,6 +238,7 @@ EARLY = ("early overwrite", "read before arrival", "phase overrun", "deadlock")
         ("early weight release", "pair", EARLY),
         ("early weight release", "tall", EARLY),
         ("no peer release", "pair", ("deadlock", "early overwrite")),
+        ("no drain", "pair", ("block ended",)),
     ],
 )
 def test_planted_bug_is_found(library: ctypes.CDLL, bug: str, tile: str, kinds: tuple[str, ...]) -> None:

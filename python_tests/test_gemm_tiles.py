@@ -279,7 +279,7 @@ def run_broken(
     library: ctypes.CDLL, bug: str, wide: bool, p: Problem, seed: int
 ) -> dict[str, torch.Tensor] | str:
     """The output, or the simulator's message."""
-    bugs = ("none", "no full wait", "early release", "no peer release", "stores beyond end")
+    bugs = ("none", "no full wait", "early release", "no peer release", "no drain", "stores beyond end")
     out = outputs_of(p)
     params = params_of(p, out["d"])
     error = ctypes.create_string_buffer(TEXT)
@@ -328,6 +328,7 @@ EARLY_RELEASE = ("early overwrite", "read before arrival", "phase overrun", "dea
         ("early release", True, EARLY_RELEASE),
         ("early release", False, EARLY_RELEASE),
         ("no peer release", True, ("deadlock", "early overwrite")),
+        ("no drain", True, ("block ended",)),
     ],
 )
 def test_planted_bug_is_found(library: ctypes.CDLL, bug: str, wide: bool, kinds: tuple[str, ...]) -> None:

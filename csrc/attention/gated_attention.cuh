@@ -34,6 +34,7 @@ enum class Bug {
     kNoValueWait,    // p v does not wait for its values
     kNoQueryWait,    // scores do not wait for their queries
     kNoPeerRelease,  // slots are freed in the warpgroup's own block only
+    kNoDrain,        // a block ends while its peer may still free its slots
     kEarlyRelease,   // a value tile is freed while products read it
     kEarlyQueries,   // the next unit's queries may overwrite these while products read them
     kEarlyWeights,   // p is overwritten while products read it
@@ -180,6 +181,16 @@ HOPPER_INLINE void produce(const KernelParams& p, Shared<Config>& shared, const 
         load_tile(shared, &p.v, unit, unit.tile.key_start(j, Config::kBlockN), rank);
     }
     shared.query_phase ^= 1;
+}
+
+// The same thread, after its last unit: every slot is free, so no peer will arrive at this block's barriers any more,
+// and none has a copy under way to its slots, for those were awaited before they were freed. The block may end.
+template <typename Config>
+HOPPER_INLINE void drain(Shared<Config>& shared) {
+    for (int i = 0; i < Config::kSlots; ++i) {
+        mbarrier_wait(shared.empty(shared.slot), shared.phase ^ 1);
+        shared.advance();
+    }
 }
 
 // --- consumer ---------------------------------------------------------------------------------------------
@@ -372,13 +383,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         tma_prefetch_map(&p.v);
         shared.initialise();
     }
+    if constexpr (kPaired) cluster_arrive_relaxed();
+    const Tokens tokens = tokens_of(p);  // here, so that the barrier hides the latency
     if constexpr (kPaired) {
-        cluster_sync();
+        cluster_wait();
     } else {
         block_sync();
     }
 
-    const Tokens tokens = tokens_of(p);
     const Schedule<Config::kCluster> schedule(tokens, p.num_q_heads, p.num_kv_heads);
     const int units = schedule.units();
     if (warp < 4) {
@@ -388,6 +400,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             for (int round = 0; dealt<Config>(round) < units; ++round) {
                 produce(p, shared, schedule.get(dealt<Config>(round), rank), rank);
             }
+            if (kPaired && Config::kBug != Bug::kNoDrain) drain(shared);
         }
         warp_sync();
     } else {
@@ -400,8 +413,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             attend(p, shared, schedule.get(dealt<Config>(round), rank), tokens, consumer);
         }
     }
-    // A peer may still free slots of this block or copy into them.
-    if constexpr (kPaired) cluster_sync();
 }
 
 }  // namespace magihuman::attention

@@ -39,6 +39,7 @@ enum class Bug {
     kEarlyPixelRelease,   // they free a box before its last product is done
     kEarlyWeightRelease,  // they free weights while products read them
     kNoPeerRelease,       // they free weights in their own block only
+    kNoDrain,             // a block ends while its peer may still free its stages of weights
     kNoTurnWait,          // swapped, they read pixels before all warps have turned theirs
     kNoClamp,             // frames beyond the clip are fetched as they come
     kStoresBeyondEdge     // pixels beyond the picture's edge are stored
@@ -187,6 +188,16 @@ HOPPER_INLINE void produce_weights(WeightRing<Config>& ring, const TensorMap* w,
     }
 }
 
+// The same thread, after its last tile: every stage is free, so no peer will arrive at this block's barriers any more,
+// and none has a copy under way to its stages, for those were awaited before they were freed. The block may end.
+template <typename Config>
+HOPPER_INLINE void drain(WeightRing<Config>& ring) {
+    for (int i = 0; i < Config::kWeightStages; ++i) {
+        mbarrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
+        ring.advance();
+    }
+}
+
 // This warpgroup is done with a stage of weights: says so in every block that fills a part of it.
 template <typename Config>
 HOPPER_INLINE void release_weights(const WeightRing<Config>& ring, int stage) {
@@ -325,7 +336,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         fence_mbarrier_init();
     }
     if constexpr (kPaired) {
-        cluster_sync();
+        cluster_sync_relaxed();
     } else {
         block_sync();
     }
@@ -345,6 +356,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             for (int i = start; i < grid.tiles; i += step) {
                 produce_weights<Config>(weights, &p.w, grid, tile_at(grid, i), rank);
             }
+            if (kPaired && Config::kBug != Bug::kNoDrain) drain<Config>(weights);
         }
         warp_sync();
     } else {
@@ -386,8 +398,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             }
         }
     }
-    // A peer may still free stages of this block or copy into them.
-    if constexpr (kPaired) cluster_sync();
 }
 
 }  // namespace magihuman::conv

@@ -57,21 +57,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         tma_prefetch_map(&p.w);
         ring.initialise();
     }
+    if constexpr (kPaired) cluster_arrive_relaxed();
+    // Here, so that the barrier hides the latency of the ranges.
+    Scheduler<Config::kCluster> scheduler(p.tiles, load_ranges(p.tiles.modality_offsets, p.tiles.m), rank,
+                                          static_cast<int>(blockIdx.x) / Config::kCluster,
+                                          static_cast<int>(gridDim.x) / Config::kCluster);
     if constexpr (kPaired) {
-        cluster_sync();
+        cluster_wait();
     } else {
         block_sync();
     }
 
-    Scheduler<Config::kCluster> scheduler(p.tiles, load_ranges(p.tiles.modality_offsets, p.tiles.m), rank,
-                                          static_cast<int>(blockIdx.x) / Config::kCluster,
-                                          static_cast<int>(gridDim.x) / Config::kCluster);
     Tile tile;
     if (warp < 4) {
         role("producer");
         registers_release<Config::kProducerRegisters>();
         if (warp == 0 && elect_one()) {
             while (scheduler.next(tile)) produce(ring, &p.a, &p.w, tile, p.n, p.k_blocks, rank);
+            if (kPaired && Config::kBug != Bug::kNoDrain) drain(ring);
         }
         warp_sync();
     } else {
@@ -100,8 +103,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             compute_tile<Config, Epilogue, Config::kBlockN>(p, ring, part, consumer, next);
         }
     }
-    // A peer may still free stages of this block or copy into them.
-    if constexpr (kPaired) cluster_sync();
 }
 
 }  // namespace magihuman::gemm

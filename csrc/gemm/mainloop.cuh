@@ -25,6 +25,7 @@ enum class Bug {
     kNoFullWait,      // consumers do not wait for a stage
     kEarlyRelease,    // they free it while products read it
     kNoPeerRelease,   // they free it in their own block only
+    kNoDrain,         // a block ends while its peer may still free its stages
     kStoresBeyondEnd  // rows of the next range are stored as well
 };
 
@@ -135,6 +136,16 @@ HOPPER_INLINE void produce(Ring<Config>& ring, const TensorMap* a, const TensorM
                 }
             }
         }
+        ring.advance();
+    }
+}
+
+// The same thread, after its last tile: every stage is free, so no peer will arrive at this block's barriers any more,
+// and none has a copy under way to its stages, for those were awaited before they were freed. The block may end.
+template <typename Config>
+HOPPER_INLINE void drain(Ring<Config>& ring) {
+    for (int i = 0; i < Config::kNumStages; ++i) {
+        mbarrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
         ring.advance();
     }
 }

@@ -14,7 +14,7 @@ struct alignas(8) Barrier {
     uint64_t state;
 };
 
-// By one thread, before fence_mbarrier_init and a block (or cluster) barrier. `name` and `index` appear in
+// By one thread, before fence_mbarrier_init and block_sync or cluster_sync_relaxed. `name` and `index` appear in
 // the simulator's messages only.
 HOPPER_INLINE void mbarrier_init(Barrier* barrier, uint32_t count,
                                  [[maybe_unused]] const char* name = "mbarrier",
@@ -27,7 +27,8 @@ HOPPER_INLINE void mbarrier_init(Barrier* barrier, uint32_t count,
 #endif
 }
 
-// Makes initialised barriers visible to the async proxy and to the other blocks of the cluster.
+// Makes initialised barriers visible to the async proxy and, with the barrier that follows, to all threads of the
+// cluster.
 HOPPER_INLINE void fence_mbarrier_init() {
 #if defined(MAGIHUMAN_SIM)
     sim::fence_mbarrier_init();

@@ -62,13 +62,18 @@ HOPPER_INLINE uint32_t cluster_size() {
 #endif
 }
 
-// All threads of all blocks of the cluster. A block must not end while others may still write to its shared
-// memory or arrive at its barriers: end cluster kernels with cluster_sync.
-HOPPER_INLINE void cluster_arrive() {
+// All threads of all blocks of the cluster. The arrival publishes nothing: one that did (.release) would become a
+// MEMBAR.ALL.GPU of every thread. It is for the start of a kernel, where fence_mbarrier_init has published the
+// barriers and there is nothing else.
+//
+// At the end it would not do: a block must not end while others may still write to its shared memory or arrive at its
+// barriers, and a relaxed arrival may overtake those of the same thread at a peer's barriers. Wait for them: whoever
+// fills a ring waits once more for every stage to be free.
+HOPPER_INLINE void cluster_arrive_relaxed() {
 #if defined(MAGIHUMAN_SIM)
-    sim::cluster_arrive();
+    sim::cluster_arrive_relaxed();
 #else
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -80,8 +85,8 @@ HOPPER_INLINE void cluster_wait() {
 #endif
 }
 
-HOPPER_INLINE void cluster_sync() {
-    cluster_arrive();
+HOPPER_INLINE void cluster_sync_relaxed() {
+    cluster_arrive_relaxed();
     cluster_wait();
 }
 

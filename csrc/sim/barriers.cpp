@@ -16,7 +16,28 @@ uint32_t offset_of(Barrier* barrier) {
     return offset;
 }
 
-MBarrier& own_barrier(Barrier* barrier) { return current().block->barrier(offset_of(barrier)); }
+void check_published(const MBarrier& b) {
+    if (b.published || b.initialiser == &current()) return;
+    fail("mbarrier not initialised",
+         barrier_name(b) +
+             " is used by another thread: neither fence_mbarrier_init nor a barrier of the block"
+             " has published it, and cluster_arrive_relaxed does not");
+}
+
+MBarrier& own_barrier(Barrier* barrier) {
+    MBarrier& b = current().block->barrier(offset_of(barrier));
+    check_published(b);
+    return b;
+}
+
+// What a barrier of the block does for the mbarriers that this thread has initialised.
+void publish() {
+    Thread& thread = current();
+    if (!thread.unpublished) return;
+    thread.unpublished = false;
+    for (MBarrier& b : thread.block->barriers)
+        if (b.initialiser == &thread) b.published = true;
+}
 
 void end_phase_if_complete(MBarrier& b) {
     if (b.pending > 0) return;
@@ -58,7 +79,7 @@ MBarrier& Block::barrier(uint32_t offset) {
     const int index = offset / 8 < barrier_at.size() ? barrier_at[offset / 8] : -1;
     if (index < 0)
         fail("mbarrier not initialised", text("shared offset %u is used as an mbarrier before mbarrier_init "
-                                              "(block_sync or cluster_sync missing?)",
+                                              "(block_sync or cluster_sync_relaxed missing?)",
                                               offset));
     MBarrier& b = barriers[index];
     uint64_t mark;
@@ -80,11 +101,13 @@ void mbarrier_init(Barrier* barrier, uint32_t count, const char* name, int index
     b.offset = offset;
     b.count = b.pending = count;
     b.initialiser = &current();
+    current().unpublished = true;
     b.name = index < 0 ? name : text("%s[%d]", name, index);
     barrier->state = kBarrierMark;
 }
 
 void fence_mbarrier_init() {
+    publish();
     for (MBarrier& b : current().block->barriers)
         if (b.initialiser == &current()) b.fenced = true;
 }
@@ -109,6 +132,7 @@ void mbarrier_arrive_cluster(Barrier* barrier, uint32_t block_rank) {
         fail("mbarrier not initialised",
              barrier_name(b) + " is used by another block without fence_mbarrier_init");
     }
+    check_published(b);
     arrive(b);
     machine->maybe_yield();
 }
@@ -164,6 +188,7 @@ void named_barrier_arrive(uint32_t id, uint32_t threads) {
                   "block's %u",
                   id, threads, machine->config.threads));
     }
+    publish();
     NamedBarrier& b = current().block->named[id];
     if (b.threads != 0 && b.threads != threads) {
         fail("arrival-count mismatch",
@@ -189,11 +214,11 @@ void block_sync() { named_barrier_sync(0, machine->config.threads); }
 uint32_t cluster_rank() { return current().block->rank; }
 uint32_t cluster_size() { return machine->config.cluster; }
 
-void cluster_arrive() {
+void cluster_arrive_relaxed() {
     const uint64_t all = uint64_t{machine->config.threads} * machine->config.cluster;
     Thread& thread = current();
     if (thread.cluster_target > machine->cluster_arrivals) {
-        fail("arrival-count mismatch", "cluster_arrive twice without cluster_wait");
+        fail("arrival-count mismatch", "cluster_arrive_relaxed twice without cluster_wait");
     }
     thread.cluster_target = (machine->cluster_arrivals / all + 1) * all;
     if (++machine->cluster_arrivals % all == 0) machine->wake_all(machine->cluster_waiters);
@@ -201,7 +226,8 @@ void cluster_arrive() {
 
 void cluster_wait() {
     Thread& thread = current();
-    if (thread.cluster_target == 0) fail("arrival-count mismatch", "cluster_wait without cluster_arrive");
+    if (thread.cluster_target == 0)
+        fail("arrival-count mismatch", "cluster_wait without cluster_arrive_relaxed");
     while (machine->cluster_arrivals < thread.cluster_target) {
         machine->cluster_waiters.push_back(&thread);
         machine->suspend({"cluster barrier", nullptr, 0});
@@ -242,7 +268,10 @@ const uint64_t* warp_exchange(const char* operation, uint64_t word) {
     return warp.result[parity];
 }
 
-void warp_sync() { warp_exchange("warp_sync", 0); }
+void warp_sync() {
+    publish();
+    warp_exchange("warp_sync", 0);
+}
 
 uint32_t ballot(bool predicate) {
     const uint64_t* lanes = warp_exchange("ballot", predicate);

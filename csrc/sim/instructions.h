@@ -74,7 +74,7 @@ void named_barrier_arrive(uint32_t id, uint32_t threads);
 void fence_proxy_async();
 uint32_t cluster_rank();
 uint32_t cluster_size();
-void cluster_arrive();
+void cluster_arrive_relaxed();
 void cluster_wait();
 bool elect_one();
 void set_max_registers(uint32_t count, bool claim);

@@ -29,7 +29,8 @@ struct MBarrier {
     uint32_t seen = 0;         // phases that some wait has seen ended
     uint32_t last_data = 0;    // 1 + the last ended phase that brought data
     uint32_t bytes_in_phase = 0;
-    bool fenced = false;
+    bool fenced = false;     // by fence_mbarrier_init: for the copy engine and other blocks
+    bool published = false;  // so, or by a barrier of the block: for the block's other threads
     const Thread* initialiser = nullptr;
     std::string name;
     std::vector<Thread*> waiters;
@@ -114,6 +115,7 @@ struct Thread {
     bool done = false;
     Waiting waiting;
     uint32_t proxy_fences = 0;
+    bool unpublished = false;  // has initialised mbarriers that only itself may use so far
     // WGMMA: products issued, the ordinal behind each committed group, and what they may still write.
     bool wgmma_fenced = false;
     uint64_t wgmma_issued = 0;

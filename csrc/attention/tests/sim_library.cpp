@@ -28,6 +28,8 @@ void launch_broken(int bug, const GatedAttentionParams& p) {
             return run.template operator()<Bug::kNoQueryWait>();
         case Bug::kNoPeerRelease:
             return run.template operator()<Bug::kNoPeerRelease>();
+        case Bug::kNoDrain:
+            return run.template operator()<Bug::kNoDrain>();
         case Bug::kEarlyRelease:
             return run.template operator()<Bug::kEarlyRelease>();
         case Bug::kEarlyQueries:

@@ -45,6 +45,8 @@ void launch_broken(int bug, const Conv3x3Params& p) {
             return run.template operator()<conv::Bug::kEarlyWeightRelease>();
         case conv::Bug::kNoPeerRelease:
             return run.template operator()<conv::Bug::kNoPeerRelease>();
+        case conv::Bug::kNoDrain:
+            return run.template operator()<conv::Bug::kNoDrain>();
         case conv::Bug::kNoTurnWait:
             return run.template operator()<conv::Bug::kNoTurnWait>();
         case conv::Bug::kNoClamp:

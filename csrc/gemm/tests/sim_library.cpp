@@ -30,6 +30,8 @@ void launch_broken(int bug, const GemmBf16Params& p) {
             return run.template operator()<gemm::Bug::kEarlyRelease>();
         case gemm::Bug::kNoPeerRelease:
             return run.template operator()<gemm::Bug::kNoPeerRelease>();
+        case gemm::Bug::kNoDrain:
+            return run.template operator()<gemm::Bug::kNoDrain>();
         case gemm::Bug::kStoresBeyondEnd:
             return run.template operator()<gemm::Bug::kStoresBeyondEnd>();
     }

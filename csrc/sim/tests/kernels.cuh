@@ -271,6 +271,33 @@ __global__ void copy_sample(const __grid_constant__ CopySampleParams p) {
     tma_store_wait<0>();
 }
 
+// Mistakes in the next two.
+enum class ClusterBug {
+    kNone,
+    kNoRelease,    // a block overwrites its peers' memory without hearing that they are done
+    kNoInitFence,  // nothing publishes the barriers
+    kNoDrain,      // a block ends while its peers may still arrive at its barriers
+};
+
+// Every thread of a block arrives at a barrier that one of them has initialised, after a barrier of the cluster or of
+// the block.
+template <ClusterBug kBug, bool kCluster>
+__global__ void cluster_start_sample() {
+    auto* barrier = reinterpret_cast<Barrier*>(dynamic_shared_memory());
+    role("start");
+    if (threadIdx.x == 0) {
+        mbarrier_init(barrier, blockDim.x, "all_barrier");
+        if (kBug != ClusterBug::kNoInitFence) fence_mbarrier_init();
+    }
+    if (kCluster) {
+        cluster_sync_relaxed();
+    } else {
+        block_sync();
+    }
+    mbarrier_arrive(barrier);
+    mbarrier_wait(barrier, 0);
+}
+
 struct MulticastSampleParams {
     TensorMap from;  // [rounds * 16 * blocks, 64] bf16
     uint16_t* to;    // [blocks, rounds, 16 * blocks, 64]
@@ -278,8 +305,8 @@ struct MulticastSampleParams {
 };
 
 // Each block of the cluster loads its 16 rows of every round for all blocks; each block writes all it
-// received. With kRelease false a block overwrites its peers' memory without hearing that they are done.
-template <bool kRelease>
+// received.
+template <ClusterBug kBug>
 __global__ void multicast_sample(const __grid_constant__ MulticastSampleParams p) {
     uint8_t* shared = dynamic_shared_memory();
     const uint32_t blocks = cluster_size(), rank = cluster_rank(), bytes = blocks * 16 * 128;
@@ -289,13 +316,13 @@ __global__ void multicast_sample(const __grid_constant__ MulticastSampleParams p
     if (threadIdx.x == 0) {
         mbarrier_init(full_barrier, 1, "full_barrier");
         mbarrier_init(empty_barrier, blocks, "empty_barrier");
-        fence_mbarrier_init();
+        if (kBug != ClusterBug::kNoInitFence) fence_mbarrier_init();
     }
-    cluster_sync();
+    cluster_sync_relaxed();
     role("multicast");
     for (int round = 0; round < p.rounds; ++round) {
         if (threadIdx.x == 0) {
-            if (kRelease) mbarrier_wait(empty_barrier, (round & 1) ^ 1);
+            if (kBug != ClusterBug::kNoRelease) mbarrier_wait(empty_barrier, (round & 1) ^ 1);
             mbarrier_arrive_expect_tx(full_barrier, bytes);
             tma_load_multicast(shared + rank * 16 * 128, &p.from, full_barrier,
                                static_cast<uint16_t>((1 << blocks) - 1), CacheHint::kNormal, 0,
@@ -309,7 +336,7 @@ __global__ void multicast_sample(const __grid_constant__ MulticastSampleParams p
         block_sync();
         if (threadIdx.x < blocks) mbarrier_arrive_cluster(empty_barrier, threadIdx.x);
     }
-    cluster_sync();
+    if (kBug != ClusterBug::kNoDrain && threadIdx.x == 0) mbarrier_wait(empty_barrier, (p.rounds & 1) ^ 1);
 }
 
 // One warp: a 16x16 matrix of 16-bit numbers through ldmatrix and stmatrix, both ways, and the row sums of

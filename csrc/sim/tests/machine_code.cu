@@ -22,7 +22,7 @@ template __global__ void copy_sample<2>(const __grid_constant__ CopySampleParams
 template __global__ void copy_sample<3>(const __grid_constant__ CopySampleParams);
 template __global__ void copy_sample<4>(const __grid_constant__ CopySampleParams);
 template __global__ void copy_sample<5>(const __grid_constant__ CopySampleParams);
-template __global__ void multicast_sample<true>(const __grid_constant__ MulticastSampleParams);
+template __global__ void multicast_sample<ClusterBug::kNone>(const __grid_constant__ MulticastSampleParams);
 template __global__ void warp_sample<32>(const uint16_t*, uint16_t*, float*, uint32_t*);
 
 __global__ void number_sample(float* values) {

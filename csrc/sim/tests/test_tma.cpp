@@ -143,7 +143,7 @@ SIM_TEST(multicast_in_clusters) {
         for (int seed = 0; seed < 12; ++seed) {
             for (uint16_t& value : to) value = 0xffff;
             sim::set_seed(seed);
-            launch(multicast_sample<true>, config, params);
+            launch(multicast_sample<ClusterBug::kNone>, config, params);
             for (uint32_t i = 0; i < to.size(); ++i) {
                 const uint32_t row = i / 64 % rows, chunk = (i / 8 % 8) ^ (row % 8);
                 expect(to[i] == static_cast<uint16_t>(row * 64 + chunk * 8 + i % 8),
@@ -151,18 +151,43 @@ SIM_TEST(multicast_in_clusters) {
             }
         }
         if (blocks == 1) continue;
-        int caught = 0;
-        for (int seed = 0; seed < 12; ++seed) {
-            sim::set_seed(seed);
-            try {
-                launch(multicast_sample<false>, config, params);
-            } catch (const sim::Error&) {
-                ++caught;
+        const auto caught = [&](void (*kernel)(MulticastSampleParams), const char* kind) {
+            int count = 0;
+            for (int seed = 0; seed < 12; ++seed) {
+                sim::set_seed(seed);
+                try {
+                    launch(kernel, config, params);
+                } catch (const sim::Error& error) {
+                    expect(kind == nullptr || error.kind == kind, error.what());
+                    ++count;
+                }
             }
-        }
-        expect(caught > 6, "overwriting a peer's memory was caught in only " + std::to_string(caught) +
-                               " of 12 schedules");
+            return count;
+        };
+        const int overwritten = caught(multicast_sample<ClusterBug::kNoRelease>, nullptr);
+        expect(overwritten > 6, "overwriting a peer's memory was caught in only " +
+                                    std::to_string(overwritten) + " of 12 schedules");
+        const int ended = caught(multicast_sample<ClusterBug::kNoDrain>, "block ended");
+        expect(ended > 6, "an early end was caught in only " + std::to_string(ended) + " of 12 schedules");
+        expect(caught(multicast_sample<ClusterBug::kNoInitFence>, "mbarrier not initialised") == 12,
+               "a missing fence was not always caught");
     }
+}
+
+SIM_TEST(relaxed_arrivals_publish_nothing) {
+    const LaunchConfig config{"cluster_start_sample", dim3(2), 64, 2, 8};
+    const auto run = [&](void (*kernel)()) {
+        for (int seed = 0; seed < 4; ++seed) {
+            sim::set_seed(seed);
+            launch(kernel, config);
+        }
+    };
+    run(cluster_start_sample<ClusterBug::kNone, true>);
+    run(cluster_start_sample<ClusterBug::kNone, false>);
+    run(cluster_start_sample<ClusterBug::kNoInitFence, false>);  // block_sync does publish
+    const sim::Error error = error_of([&] { run(cluster_start_sample<ClusterBug::kNoInitFence, true>); });
+    expect(error.kind == "mbarrier not initialised", error.what());
+    expect_contains(error.what(), "all_barrier is used by another thread");
 }
 
 SIM_TEST(tensor_maps_are_checked) {

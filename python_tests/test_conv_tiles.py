@@ -22,6 +22,8 @@ from conv_cases import (
     sizes_on_all,
 )
 from magihuman_fast.decode_plan import Step
+from magihuman_fast.kernel_check import IN_SIMULATOR, ON_GPU
+from magihuman_fast.kernel_check_cases import CASES
 from magihuman_fast.reference.turbo_vae import plan_windows
 from magihuman_fast.turbo_vae import window_plan
 from magihuman_fast.turbo_vae_config import TurboVAEConfig
@@ -139,6 +141,19 @@ def test_cases_on_all_multiprocessors_run_with_their_tile(library: ctypes.CDLL) 
             options = {"phases": phases, "taps_y": taps_y, "norm": norm, "num_sms": 132}
             lines = verdicts(library, (p.count, *p.size[1:]), p.channels, **options)
             assert chosen(lines) == NAMES[tile], (kind, ending, tile, index, lines)
+
+
+@pytest.mark.parametrize("num_sms", [78, 114, 132])
+def test_kernel_checks_run_with_the_tile_they_name(library: ctypes.CDLL, num_sms: int) -> None:
+    for sizes in (IN_SIMULATOR, ON_GPU):
+        for case in CASES.values():
+            if case.tile not in NAMES.values():
+                continue
+            channels, sms = sizes.convolutions[case.tile]
+            taps_y, _, _, _, phases = FORMS[case.operation]
+            options = {"phases": phases, "taps_y": taps_y, "norm": case.form != "raw"}
+            lines = verdicts(library, sizes.pixels, channels, **options, num_sms=sms or num_sms)
+            assert chosen(lines) == case.tile, (case.name, lines)
 
 
 def test_shared_memory_is_as_planned(library: ctypes.CDLL) -> None:

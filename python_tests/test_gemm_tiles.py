@@ -12,6 +12,8 @@ import torch
 
 import test_gemm_gpu
 from gemm_cases import KINDS, ROWS_AND_K, Problem, aligned, check, edge_case, make_problem, outputs_of
+from magihuman_fast.kernel_check import IN_SIMULATOR, ON_GPU, SPARE_ROWS
+from magihuman_fast.kernel_weights import padded_width
 from sim_library import TEXT, build_library
 
 WIDE, SQUARE = "128x256, pairs", "128x128"
@@ -84,6 +86,19 @@ def test_model_shapes_run_with_the_tile_they_are_meant_for(library: ctypes.CDLL,
         num_sms = 1 if size in test_gemm_gpu.TWO_ROUNDS else sms
         rows = sum(test_gemm_gpu.SQUARE_ROWS) + 2
         assert chosen(verdicts(library, rows, columns, k, 3, num_sms)) == SQUARE, (kind, size)
+
+
+@pytest.mark.parametrize("num_sms", [78, 114, 132])
+def test_kernel_checks_run_with_the_tile_they_name(library: ctypes.CDLL, num_sms: int) -> None:
+    for sizes in (IN_SIMULATOR, ON_GPU):
+        for name, p in sizes.products.items():
+            assert name in (WIDE, SQUARE)
+            qkv = 128 * (p.heads[0] + 2 * p.heads[1])
+            for columns in (p.n, p.n // 128 * 128, 2 * padded_width(p.n // 2), qkv, qkv + p.heads[0]):
+                for experts in (1, 3):
+                    rows = sum(p.rows) + SPARE_ROWS
+                    lines = verdicts(library, rows, columns, p.k, experts, p.num_sms or num_sms)
+                    assert chosen(lines) == name, (name, columns, lines)
 
 
 # --- the order of tiles ---------------------------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""Checks kernels in a child process, because one that faults takes its process's CUDA context with it, and one that
+hangs never gives it back.
+
+The child is a fresh interpreter in a session of its own. It says on its standard output which kernel it starts and how
+that one ended; whatever ends the child, or keeps it from answering, is the doing of the kernel that it started last.
+The others are then checked in another child. `check_in_children` is the parent's side, `serve` the child's.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.spawn import get_executable
+from typing import IO, Any, Literal, TextIO
+
+import torch
+
+from . import kernel_check, ops
+from .kernel_check_cases import CASES
+
+log = logging.getLogger(__name__)
+
+Verdict = Literal["right", "wrong", "unchecked"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: until a child can take its first kernel, until a kernel has answered, and for all children together."""
+
+    start: float = 40
+    kernel: float = 20
+    total: float = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out for one kernel: a name of `kernel_check_cases.CASES`.
+
+    `unchecked` is neither right nor wrong: the kernel never ran. `detail` says what was wrong, or why. `error` is the
+    distance from PyTorch of the element furthest from it and `allowed` what that may be; None where nothing could be
+    compared.
+    """
+
+    kernel: str
+    verdict: Verdict
+    detail: str = ""
+    error: float | None = None
+    allowed: float | None = None
+    seconds: float = 0.0
+
+
+# The child imports what its parent does, from wherever that comes.
+PROGRAM = """\
+import json, sys
+job = json.loads(sys.argv[1])
+sys.path[:] = job["path"]
+from magihuman_fast.kernel_check_child import serve
+serve(job)
+"""
+
+
+def child_command(job: dict[str, Any]) -> list[str]:
+    """Whoever embeds Python names its interpreter to `multiprocessing.set_executable`; else it is sys.executable."""
+    return [os.fsdecode(get_executable() or sys.executable), "-c", PROGRAM, json.dumps(job)]
+
+
+def check_in_children(
+    kernels: Sequence[str], device: torch.device, backend: ops.Backend, limits: Limits
+) -> list[Finding]:
+    """One finding for each of `kernels`, in their order, whatever they do."""
+    end = time.monotonic() + limits.total
+    found: dict[str, Finding] = {}
+    while waiting := [name for name in kernels if name not in found]:
+        why = f"no time was left of the {limits.total:g} s for all of them"
+        if time.monotonic() < end:
+            job = {"device": str(device), "backend": backend, "kernels": waiting, "seconds": 2 * limits.total}
+            findings, why = _one_child(job, limits, end)
+            found |= {finding.kernel: finding for finding in findings}
+            if findings:
+                continue
+        found |= {name: Finding(name, "unchecked", why) for name in waiting}
+    return [found[name] for name in kernels]
+
+
+def _one_child(job: dict[str, Any], limits: Limits, end: float) -> tuple[list[Finding], str]:
+    """The findings of one child; where there are none, why it never got to a kernel."""
+    with tempfile.TemporaryFile() as said:
+        try:
+            child = subprocess.Popen(
+                child_command(job | {"path": list(map(str, sys.path))}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return [], f"no process could be started: {error}"
+        try:
+            return _listen(child, said, limits, end)
+        finally:
+            _kill(child)
+
+
+def _listen(
+    child: subprocess.Popen[bytes], said: IO[bytes], limits: Limits, end: float
+) -> tuple[list[Finding], str]:
+    findings: list[Finding] = []
+    running: str | None = None
+    limit, started = limits.start, time.monotonic()
+    lines = _Lines(child)
+    while True:
+        left = end - time.monotonic()
+        line = lines.next(min(limit, left))
+        if line is None:  # no answer
+            if running is None:
+                return findings, f"the process that checks them was not ready within {min(limit, left):.3g} s"
+            verdict: Verdict = "wrong" if limit <= left else "unchecked"
+            detail = f"did not end within {limit:g} s" if verdict == "wrong" else "no time was left for it"
+            findings.append(Finding(running, verdict, detail, seconds=time.monotonic() - started))
+            return findings, ""
+        if not line:  # the child has ended
+            if running is not None:
+                detail = f"its process ended: {_how(child, said)}"
+                findings.append(Finding(running, "wrong", detail, seconds=time.monotonic() - started))
+            return findings, f"the process that checks them ended: {_how(child, said)}"
+        message = json.loads(line)
+        if "start" in message:
+            running, limit, started = message["start"], limits.kernel, time.monotonic()
+        else:
+            findings.append(Finding(**message["end"]))
+            running = None
+
+
+class _Lines:
+    """The lines that a child writes."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdout is not None
+        self._pipe, self._buffer = child.stdout.fileno(), b""
+
+    def next(self, seconds: float) -> bytes | None:
+        """The next line; None if it does not come in time, nothing if there is none."""
+        end = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            left = max(end - time.monotonic(), 0)
+            if not select.select([self._pipe], [], [], left)[0]:
+                return None
+            read = os.read(self._pipe, 1 << 16)
+            if not read:
+                return b""  # half a line is none
+            self._buffer += read
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+
+def _how(child: subprocess.Popen[bytes], said: IO[bytes]) -> str:
+    """How a process ended that closed its output, and the last that it said."""
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(5)
+    code = child.returncode
+    if code is None:
+        how = "it closed its output"
+    elif code < 0:
+        how = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    else:
+        how = f"exit code {code}"
+    said.seek(0)
+    lines = said.read().decode("utf-8", "replace").strip().splitlines()
+    return f"{how}, and last said {lines[-1].strip()[:300]!r}" if lines else how
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            log.warning("process %d, which checked a kernel, does not end although killed", child.pid)
+    assert child.stdout is not None
+    child.stdout.close()
+
+
+# --- in the child ---------------------------------------------------------------------------------------------
+
+
+def serve(job: dict[str, Any]) -> None:
+    """Check the kernels of a job one after another, telling of each as it starts and as it ends."""
+    # Should the parent be killed while a kernel hangs, nobody else would end this process.
+    faulthandler.dump_traceback_later(job["seconds"], exit=True)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # libraries that print must not be taken for answers
+    check_in_turn(job["kernels"], torch.device(job["device"]), job["backend"], answers)
+
+
+def check_in_turn(
+    kernels: Sequence[str], device: torch.device, backend: ops.Backend, answers: TextIO
+) -> None:
+    """Check kernels until none is left, or the device has become useless to this process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # A device that cannot be used, and what PyTorch takes to load its libraries, are no kernel's fault.
+    for case in {CASES[name].operation: CASES[name] for name in kernels}.values():
+        kernel_check.run_in_pytorch(case, device, backend)
+    for name in kernels:
+        print(json.dumps({"start": name}), file=answers)
+        finding = check_kernel(name, device, backend)
+        print(json.dumps({"end": asdict(finding)}), file=answers)
+        if finding.error is None and finding.verdict == "wrong" and not _usable(device):
+            break  # a new process goes on
+
+
+def check_kernel(name: str, device: torch.device, backend: ops.Backend) -> Finding:
+    """Check one kernel in this process. Exceptions are findings; faults and hangs are the caller's to live with."""
+    start = time.perf_counter()
+    try:
+        found = kernel_check.run_case(CASES[name], device, backend)
+    except torch.OutOfMemoryError as error:
+        return Finding(name, "unchecked", _first_line(error))
+    except Exception as error:
+        return Finding(name, "wrong", _first_line(error), seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    verdict: Verdict = "right" if found.wrong is None else "wrong"
+    return Finding(name, verdict, found.wrong or "", found.error, found.allowed, seconds)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the device still works: a fault ends all work of its process."""
+    try:
+        return bool((torch.ones(8, device=device) + 1).sum().item() == 16)
+    except Exception:
+        return False

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import ops, sampler
+from . import kernel_trust, ops, sampler
 from .config import VAE_TIME_STRIDE
 from .dit import ClipShape, KernelDiT, kernel_limits
 from .environment import KERNELS, REFERENCE, KernelPath
@@ -34,19 +34,25 @@ Stage = Literal["denoise", "super_resolution"]
 Key = tuple[Stage, StepSpec]
 
 
-def choose_path(models: Iterable[DiT], kernels: bool | None = None) -> tuple[ops.Backend | None, KernelPath]:
+def choose_path(
+    models: Iterable[DiT], kernels: bool | None = None, check: bool | None = None
+) -> tuple[ops.Backend | None, KernelPath]:
     """Which path computes `models`, all on one device: the kernels' backend, or None for the reference path.
 
-    `kernels` None takes the kernels where they run, True insists on them, False takes the reference path.
+    `kernels` None takes the kernels where they run, True insists on them, False takes the reference path. `check`:
+    whether they must have agreed with PyTorch on this GPU (`kernel_trust.why_not`).
 
     Raises:
-        InputError: the kernels are insisted on and cannot run; says why.
+        InputError: the kernels are insisted on and cannot run, or are wrong; says why.
     """
+    models = list(models)
     reason = "asked for" if kernels is False else None
     for dit in models:
         reason = reason or ops.gpu_unavailable(dit.device) or kernel_limits(dit.config, dit.dtype)
+    reason = reason or kernel_trust.why_not(models[0].device, "models", check=check)
     if reason is None:
-        return "gpu", KernelPath(KERNELS, "Hopper GPU, kernels compiled")
+        checked = "unchecked, as asked for" if check is False else "which agree with PyTorch here"
+        return "gpu", KernelPath(KERNELS, f"Hopper GPU, kernels compiled, {checked}")
     if kernels:
         raise InputError(f"kernels: expected a model and a device that they run on: {reason}")
     return None, KernelPath(REFERENCE, reason)
@@ -131,18 +137,19 @@ class Engine:
         *,
         kernels: bool | None = None,
         backend: ops.Backend | None = None,
+        check: bool | None = None,
     ) -> None:
         """Take loaded models; on the kernels their weights are packed, and shared with `dit` and `sr_dit`.
 
         Args:
-            kernels: see `choose_path`.
+            kernels, check: see `choose_path`.
             backend: run the kernels' step on this backend whatever the device is: "sim" and "reference" are for tests.
         """
         models: dict[Stage, DiT] = {"denoise": dit}
         if sr_dit is not None:
             models["super_resolution"] = sr_dit
         if backend is None:
-            backend, self.path = choose_path(models.values(), kernels)
+            backend, self.path = choose_path(models.values(), kernels, check)
         else:
             self.path = KernelPath(KERNELS, f"backend {backend}")
         self.device, self.backend = dit.device, backend

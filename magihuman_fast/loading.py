@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import config
+from . import config, kernel_trust
 from .audio_vae import AudioVAE
 from .config import SUPER_RESOLUTIONS, VARIANTS, DiTConfig, SuperResolution, Variant, is_layer_linear
 from .errors import CheckpointError, InputError
@@ -122,6 +122,7 @@ def load_components(
     audio_vae: PathLike | None,
     memory_limit: int | None,
     kernels: bool | None,
+    check_kernels: bool | None,
     on_load: OnLoad | None,
 ) -> Components:
     """Load the published files unchanged; the arguments are those of `MagiHumanPipeline.from_pretrained`."""
@@ -140,12 +141,20 @@ def load_components(
         checkpoints[sr_chosen.folder] = open_checkpoint(root / sr_chosen.folder)
     configs = {name: infer_config(checkpoint) for name, checkpoint in checkpoints.items()}
 
+    # Before anything is loaded: the process that checks needs memory of its own.
+    with_kernels = kernels is not False and gpu_unavailable(target) is None and dtype == torch.bfloat16
+    if with_kernels and check_kernels is not False:
+        checked = kernel_trust.examine(target, anew=check_kernels is True)
+        if kernels and (wrong := checked.why_not()) is not None:
+            raise InputError(f"kernels: expected kernels that are right: {wrong}")
+        with_kernels, check_kernels = checked.why_not("models") is None, None
     # The small components first: their faults show before minutes are spent on the large ones.
     turbo = TurboVAE.from_pretrained(
         root / config.TURBO_VAE_FOLDER,
         device=target,
         dtype=dtype,
         backend="reference" if kernels is False else None,
+        check=check_kernels,
     )
     sound = AudioVAE.from_pretrained(Path(audio_vae or root / config.AUDIO_VAE_FOLDER), device=target)
     image_path = Path(image_vae or root / config.IMAGE_VAE_FOLDER)
@@ -164,7 +173,7 @@ def load_components(
             TextEncoder.weight_bytes(text_path, dtype),
             sum(tensor.nbytes for part in (turbo, sound, image) for tensor in tensors_of(part)),
             dtype.itemsize,
-            kernels is not False and gpu_unavailable(target) is None and dtype == torch.bfloat16,
+            with_kernels,
             turbo.backend != "reference",
         )
     )

@@ -88,6 +88,7 @@ class MagiHumanPipeline:
         sr_dit: DiT | None = None,
         sr: SuperResolution | None = None,
         kernels: bool | None = None,
+        check_kernels: bool | None = None,
         backend: Backend | None = None,
         memory_limit: int | None = None,
     ) -> None:
@@ -101,7 +102,7 @@ class MagiHumanPipeline:
         self.turbo_vae, self.audio_vae = turbo_vae, audio_vae
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.device = dit.device
-        self.engine = Engine(dit, sr_dit, kernels=kernels, backend=backend)
+        self.engine = Engine(dit, sr_dit, kernels=kernels, backend=backend, check=check_kernels)
         self.memory_limit = memory_limit
         self._sizes = measured_sizes(
             *(dit, variant, sr_dit, sr, turbo_vae, text_encoder, (audio_vae, image_encoder)),
@@ -126,6 +127,7 @@ class MagiHumanPipeline:
         audio_vae: PathLike | None = None,
         memory_limit: int | None = None,
         kernels: bool | None = None,
+        check_kernels: bool | None = None,
         on_load: OnLoad | None = None,
     ) -> MagiHumanPipeline:
         """Load the published files unchanged.
@@ -141,6 +143,8 @@ class MagiHumanPipeline:
                 from where it is loaded for each new prompt; or "auto": the device if there is room, else the CPU.
             memory_limit: bytes of device memory to stay within; by default a GPU's free memory, and no limit on a CPU.
             kernels: None takes the kernels where they run, True insists on them, False takes the reference path.
+            check_kernels: None checks them against PyTorch once for a GPU and build and keeps the answer, True checks
+                anew, False does not. Where one is wrong, what uses it takes the reference path, and says so.
             on_load: called as (component, bytes read, bytes in all) while the large models load.
 
         Raises:
@@ -161,9 +165,13 @@ class MagiHumanPipeline:
             audio_vae=audio_vae,
             memory_limit=memory_limit,
             kernels=kernels,
+            check_kernels=check_kernels,
             on_load=on_load,
         )
-        return cls(**vars(parts), kernels=kernels, memory_limit=memory_limit)
+        trust = (
+            False if check_kernels is False else None
+        )  # what was checked anew, while loading, is known now
+        return cls(**vars(parts), kernels=kernels, check_kernels=trust, memory_limit=memory_limit)
 
     def setup(
         self,

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from . import decode_plan, ops
+from . import decode_plan, kernel_trust, ops
 from .config import VAE_STRIDE
 from .conv_weights import pack_conv, pack_time, pack_upsample
 from .decode_plan import REGIONS, Pixels, Region, Step, plan_decode, region_bytes
@@ -39,13 +39,16 @@ class TurboVAE:
     """The decoder with its weights on one device; usable with any latents of this VAE.
 
     `backend`: "gpu" the kernels, "sim" the same in the simulator (development builds, CPU), "reference" plain PyTorch;
-    None chooses "gpu" for bfloat16 weights on a Hopper GPU and "reference" elsewhere, with a log line that says why.
+    None chooses "gpu" for bfloat16 weights on a Hopper GPU where the kernels are right (`check`, as in
+    `kernel_trust.why_not`), and "reference" elsewhere, with a log line that says why.
     Calls from several threads are independent of one another; only captures wait for each other.
     """
 
-    def __init__(self, model: reference.TurboVAE, backend: ops.Backend | None = None) -> None:
+    def __init__(
+        self, model: reference.TurboVAE, backend: ops.Backend | None = None, *, check: bool | None = None
+    ) -> None:
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.backend = _choose_backend(model, backend)
+        self.backend = _choose_backend(model, backend, check)
         self._model = model if self.backend == "reference" else None
         if self._model is None:
             self._layers = pack_layers(model)
@@ -63,13 +66,14 @@ class TurboVAE:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: ops.Backend | None = None,
+        check: bool | None = None,
     ) -> TurboVAE:
         """Copy the `decoder.` part of a published state dict, with or without a `module.` prefix.
 
         Other keys are ignored. Raises one `CheckpointError` naming missing, unexpected and wrongly shaped keys.
         """
         model = reference.TurboVAE.from_state_dict(config_dict, state_dict, device=device, dtype=dtype)
-        return cls(model, backend)
+        return cls(model, backend, check=check)
 
     @classmethod
     def from_pretrained(
@@ -79,13 +83,16 @@ class TurboVAE:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: ops.Backend | None = None,
+        check: bool | None = None,
     ) -> TurboVAE:
         """Load the published `turbo_vae/` folder: its JSON and its checkpoint's averaged weights.
 
         The checkpoint is mapped, not read, and copied tensor by tensor: never two models in memory. Raises
         `CheckpointError` naming the file.
         """
-        return cls(reference.TurboVAE.from_pretrained(folder, device=device, dtype=dtype), backend)
+        return cls(
+            reference.TurboVAE.from_pretrained(folder, device=device, dtype=dtype), backend, check=check
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -423,7 +430,9 @@ def pack_layers(model: reference.TurboVAE) -> Layers:
     return layers
 
 
-def _choose_backend(model: reference.TurboVAE, backend: ops.Backend | None) -> ops.Backend:
+def _choose_backend(
+    model: reference.TurboVAE, backend: ops.Backend | None, check: bool | None
+) -> ops.Backend:
     """The backend asked for, checked, or the best one for this model."""
     if backend is not None and backend not in get_args(ops.Backend):
         raise InputError(
@@ -440,9 +449,15 @@ def _choose_backend(model: reference.TurboVAE, backend: ops.Backend | None) -> o
         ops.simulator()
     else:
         reasons.append(ops.gpu_unavailable(model.device))
-    why = [reason for reason in reasons if reason is not None]
+    why, level = [reason for reason in reasons if reason is not None], logging.INFO
+    if not why and (backend is None or (backend == "gpu" and check)):
+        wrong = kernel_trust.why_not(model.device, "decoder", check=check)
+        if wrong is not None:
+            why, level = [wrong], logging.WARNING
     if backend is not None and why:
         raise InputError(f"Turbo VAE backend {backend!r}: {'; '.join(why)}")
     chosen: ops.Backend = "reference" if why else backend or "gpu"
-    logger.info("Turbo VAE: %s", f"in PyTorch: {'; '.join(why)}" if why else f"by the kernels ({chosen})")
+    logger.log(
+        level, "Turbo VAE: %s", f"in PyTorch: {'; '.join(why)}" if why else f"by the kernels ({chosen})"
+    )
     return chosen

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from magihuman_fast import ops
+from kernel_findings import Checks
+from magihuman_fast import kernel_trust, loading, ops
 from magihuman_fast.pipeline import MagiHumanPipeline
 from magihuman_fast.synthetic import MODELS, write_checkpoint
 from sim_library import build_library
@@ -30,6 +31,32 @@ def pipe(tiny_checkpoint: Path) -> MagiHumanPipeline:
 @pytest.fixture(scope="session")
 def attention_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build_library("attention", tmp_path_factory.mktemp("attention_library"))
+
+
+@pytest.fixture
+def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, which is empty, and nothing known from before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernel_trust, "_known", {})
+    return tmp_path / "cache" / "magihuman_fast"
+
+
+@pytest.fixture
+def made_for(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What the GPU of these tests, which nobody has, and its software are called; may be changed."""
+    names = {"device": "NVIDIA H200", "uuid": "7", "driver": "575.1", "torch": "2.13", "build": "ab"}
+    monkeypatch.setattr(kernel_trust, "_made_for", lambda device, backend: dict(names))
+    return names
+
+
+@pytest.fixture
+def kernel_checks(kernel_cache: Path, made_for: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Checks:
+    """Kernels that could run anywhere, and checks of them that find what a test wants."""
+    found = Checks()
+    monkeypatch.setattr(kernel_trust, "check_in_children", found)
+    monkeypatch.setattr(ops, "gpu_unavailable", lambda device=None: None)
+    monkeypatch.setattr(loading, "gpu_unavailable", lambda device=None: None)
+    return found
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -34,6 +34,7 @@ LOAD: dict[str, Any] = {
     "audio_vae": None,
     "memory_limit": None,
     "kernels": None,
+    "check_kernels": None,
     "on_load": None,
 }
 

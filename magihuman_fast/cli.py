@@ -220,6 +220,11 @@ the published weights (DIR is a folder of yours; all of the first repository is 
         help="where the text encoder is between prompts (default: the device if there is room, else the CPU)",
     )
     add("--reference", action="store_true", help="the PyTorch path even where the kernels would run")
+    add(
+        "--check-kernels",
+        action=argparse.BooleanOptionalAction,
+        help="check the kernels against PyTorch anew, or not at all (default: once for a GPU and build)",
+    )
     _add_components(generate)
 
     check = _command(
@@ -287,11 +292,20 @@ examples:
     add("--no-baseline", action="store_true", help="without the compiled reference path")
     add("--no-cold", action="store_true", help="without the fresh process")
 
-    _command(
+    info = _command(
         commands,
         "info",
         "what this machine has and which path runs on it",
-        f"example:\n  {PROGRAM} info --json",
+        f"""With --check every kernel runs against PyTorch on small inputs, in a process of its own. What uses a kernel
+that is wrong takes the PyTorch path from then on. Exit code 1 if one is wrong.
+
+examples:
+  {PROGRAM} info --json
+  {PROGRAM} info --check""",
+    )
+    info.add_argument("--check", action="store_true", help="check each kernel against PyTorch, anew")
+    info.add_argument(
+        "--simulator", action="store_true", help="with --check: in the simulator (development builds)"
     )
     return parser
 

@@ -9,15 +9,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import benchmark, media
+from . import benchmark, kernel_trust, media, ops
 from .checkpoint_check import CheckReport, check_checkpoint
 from .config import IMAGE_VAE_FOLDER, SUPER_RESOLUTIONS, VARIANTS
 from .environment import available_memory, cpu_bf16_instructions, cuda_devices, describe_machine
 from .errors import InputError, OutputError
+from .kernel_check_cases import CASES
 from .loading import resolve_device
 from .memory_estimate import bytes_text
 from .pipeline import MagiHumanPipeline
@@ -83,6 +84,7 @@ def generate(args: argparse.Namespace) -> Answer:
             image_vae=args.image_vae,
             audio_vae=args.audio_vae,
             kernels=False if args.reference else None,
+            check_kernels=args.check_kernels,
             on_load=progress,
         )
     load_seconds = time.perf_counter() - start
@@ -321,7 +323,10 @@ def bench(args: argparse.Namespace) -> Answer:
 
 
 def info(args: argparse.Namespace) -> Answer:
-    """Tell what this machine has and which path runs on it."""
+    """Tell what this machine has and which path runs on it; with `--check`, check the kernels first."""
+    if args.simulator and not args.check:
+        raise InputError("--simulator needs --check")
+    checks = check_kernels(simulator=args.simulator) if args.check else None
     machine = describe_machine()
     cpu, cuda = machine["cpu"], machine["cuda"]
     threads = f"{cpu['cores']} cores, torch uses {cpu['torch_threads']} threads"
@@ -329,6 +334,11 @@ def info(args: argparse.Namespace) -> Answer:
     rows = [
         ("magihuman_fast", machine["magihuman_fast"]),
         ("runs", f"{machine['path']['name']}; {machine['path']['reason']}"),
+        *(
+            [("decoder", f"{machine['decoder_path']['name']}; {machine['decoder_path']['reason']}")]
+            if machine["decoder_path"] != machine["path"]
+            else []
+        ),
         ("Python", f"{machine['python']} on {machine['system']}"),
         ("CPU", f"{cpu['name']}: {threads}; bfloat16 instructions: {bf16}"),
         ("memory", f"{bytes_text(cpu['memory_bytes'])}, {bytes_text(cpu['available_bytes'])} available"),
@@ -346,4 +356,58 @@ def info(args: argparse.Namespace) -> Answer:
         rows.append(("GPU", "none that torch can use"))
     rows.append(("libraries", ", ".join(f"{n} {v or 'MISSING'}" for n, v in machine["libraries"].items())))
     rows.append(("codecs", ", ".join(f"{n} {'yes' if ok else 'NO'}" for n, ok in machine["codecs"].items())))
-    return Answer(machine, "\n".join(f"{name:<15} {value}" for name, value in rows))
+    text = "\n".join(f"{name:<15} {value}" for name, value in rows)
+    if checks is None:
+        return Answer(machine, text)
+    code = 0 if all(check["right"] for check in checks["devices"]) else 1
+    return Answer(machine | {"kernel_check": checks}, f"{text}\n\n{kernel_tables(checks)}", code)
+
+
+def check_kernels(*, simulator: bool = False) -> dict[str, Any]:
+    """Check all kernels anew on every device that they run on, or in the simulator; `reason`: why on none."""
+    targets: list[tuple[str, ops.Backend]] = [
+        (device["device"], "gpu")
+        for device in cuda_devices()
+        if ops.gpu_unavailable(device["device"]) is None
+    ]
+    if simulator:
+        try:
+            ops.simulator()
+        except RuntimeError as error:
+            raise InputError(f"--simulator: {error}") from error
+        targets = [("cpu", "sim")]
+    devices = []
+    for device, backend in targets:
+        report = kernel_trust.examine(device, anew=True, backend=backend)
+        kernels = []
+        for finding in report.findings:
+            case = CASES[finding.kernel]
+            names = {"operation": case.operation, "form": case.form, "tile": case.tile, "part": case.part}
+            kernels.append(names | asdict(finding))
+        name = report.made_for["device"] if backend == "gpu" else "simulator"
+        right = report.why_not() is None
+        devices.append({"device": device, "name": name, "right": right, "kernels": kernels})
+    return {"reason": None if devices else ops.gpu_unavailable(), "devices": devices}
+
+
+def kernel_tables(checks: dict[str, Any]) -> str:
+    """What `check_kernels` found, for people."""
+    if not checks["devices"]:
+        return f"no kernels to check: {checks['reason']}"
+    lines = []
+    for check in checks["devices"]:
+        rows, notes = [], []
+        for found in check["kernels"]:
+            numbers = ("" if n is None else f"{n:.2g}" for n in (found["error"], found["allowed"]))
+            label = f"{found['operation']}, {found['form']}" if found["form"] else found["operation"]
+            rows.append((label, found["tile"], *numbers, f"{found['seconds']:.2f}", found["verdict"]))
+            if found["verdict"] != "right":
+                notes.append(f"{found['verdict']}: {found['kernel']}: {found['detail']}")
+        lines += [
+            f"kernels against PyTorch on {check['device']} ({check['name']}); error and bound of the element",
+            "that is furthest off for its bound:",
+            table(("kernel", "tile", "error", "bound", "seconds", "verdict"), rows),
+            *notes,
+            "all kernels are right" if check["right"] else "these kernels are not used on this device",
+        ]
+    return "\n".join(lines)

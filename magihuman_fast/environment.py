@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from . import kernel_trust
+from .kernel_check import Part
 from .ops import gpu_unavailable
 
 LIBRARIES = (
@@ -43,12 +45,21 @@ class KernelPath:
     reason: str
 
 
-def kernel_path() -> KernelPath:
-    """Which path the models of the published sizes take on this machine, in bfloat16."""
+def kernel_path(part: Part = "models") -> KernelPath:
+    """Which path the models of the published sizes, or the video decoder, take on this machine, in bfloat16.
+
+    Nothing is checked for it: it tells what an earlier check of the kernels found.
+    """
     reason = gpu_unavailable()
-    if reason is None:
-        return KernelPath(KERNELS, "compiled, and this is a Hopper GPU")
-    return KernelPath(REFERENCE, f"Hopper kernels: {reason}")
+    if reason is not None:
+        return KernelPath(REFERENCE, f"Hopper kernels: {reason}")
+    report = kernel_trust.known("cuda")
+    if report is None:
+        return KernelPath(KERNELS, "compiled, and this is a Hopper GPU; their first use checks them")
+    wrong = report.why_not(part)
+    if wrong is not None:
+        return KernelPath(REFERENCE, wrong)
+    return KernelPath(KERNELS, "compiled, and they agree with PyTorch on this Hopper GPU")
 
 
 def library_versions() -> dict[str, str | None]:
@@ -95,11 +106,11 @@ def describe_machine() -> dict[str, Any]:
     """Everything `magihuman-fast info` tells, as plain values."""
     cpuinfo = _read(Path("/proc/cpuinfo"))
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    driver = re.search(r"\s(\d{3}\.[\d.]+)\s", _read(Path("/proc/driver/nvidia/version")))
-    path = kernel_path()
+    path, decoder_path = kernel_path("models"), kernel_path("decoder")
     return {
         "magihuman_fast": import_module(__package__ or "").__version__,
         "path": {"name": path.name, "reason": path.reason},
+        "decoder_path": {"name": decoder_path.name, "reason": decoder_path.reason},
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": {
@@ -112,7 +123,7 @@ def describe_machine() -> dict[str, Any]:
         },
         "cuda": {
             "torch_built_with": torch.version.cuda,
-            "driver": driver[1] if driver else None,
+            "driver": kernel_trust.driver_version(),
             "devices": cuda_devices(),
         },
         "libraries": library_versions(),

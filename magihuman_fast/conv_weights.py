@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference.turbo_vae import TurboVAE
+
+Layers = dict[str, tuple[Tensor, Tensor]]  # packed weight and float32 bias by name
+
 
 def pack_conv(weight: Tensor) -> Tensor:
     """(out, in, kt, kh, kw) to (out, kt, kh, kw, in), contiguous."""
@@ -30,3 +34,20 @@ def pack_upsample(weight: Tensor) -> Tensor:
 
     phases = [column for row in halve(weight.float(), 2) for column in halve(row, 3)]
     return torch.stack(phases).to(weight.dtype).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def pack_layers(model: TurboVAE) -> Layers:
+    """Every convolution's weights as the kernels read them, and its bias in float32."""
+    layers: Layers = {}
+    for key, weight in model.weights.items():
+        if not key.endswith(".weight"):
+            continue
+        name = key.removesuffix(".weight")
+        bias = model.weights[f"{name}.bias"].float()
+        if ".resample." in name:
+            layers[name] = pack_upsample(weight), bias
+        elif ".time_conv." in name:
+            layers[name] = pack_time(weight), bias.view(2, -1)
+        else:
+            layers[name] = pack_conv(weight), bias
+    return layers

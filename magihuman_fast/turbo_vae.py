@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import decode_plan, kernel_trust, ops
 from .config import VAE_STRIDE
-from .conv_weights import pack_conv, pack_time, pack_upsample
+from .conv_weights import pack_layers
 from .decode_plan import REGIONS, Pixels, Region, Step, plan_decode, region_bytes
 from .errors import InputError
 from .kernel_launch import capture_graph, side_stream
@@ -31,8 +31,6 @@ from .reference.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS, Window, check_latent
 from .turbo_vae_config import TurboVAEConfig
 
 logger = logging.getLogger(__name__)
-
-Layers = dict[str, tuple[Tensor, Tensor]]  # packed weight and float32 bias by name
 
 
 class TurboVAE:
@@ -411,23 +409,6 @@ def decode_bytes(config: TurboVAEConfig, size: tuple[int, int], frames: int) -> 
     regions = sum(workspace_bytes(config, windows, height, width).values())
     latents = frames + max(w.num_latent_frames for w in windows)
     return regions + pictures + 4 * config.latent_channels * latents * height * width
-
-
-def pack_layers(model: reference.TurboVAE) -> Layers:
-    """Every convolution's weights as the kernels read them, and its bias in float32."""
-    layers: Layers = {}
-    for key, weight in model.weights.items():
-        if not key.endswith(".weight"):
-            continue
-        name = key.removesuffix(".weight")
-        bias = model.weights[f"{name}.bias"].float()
-        if ".resample." in name:
-            layers[name] = pack_upsample(weight), bias
-        elif ".time_conv." in name:
-            layers[name] = pack_time(weight), bias.view(2, -1)
-        else:
-            layers[name] = pack_conv(weight), bias
-    return layers
 
 
 def _choose_backend(

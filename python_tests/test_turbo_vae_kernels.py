@@ -17,12 +17,13 @@ from backends import BACKENDS, device_of
 from cases import load_golden
 from magihuman_fast import InputError, decode_plan, ops, turbo_vae
 from magihuman_fast import TurboVAE as PublicTurboVAE
+from magihuman_fast.conv_weights import pack_layers
 from magihuman_fast.decode_plan import Pixels, Step, merged
 from magihuman_fast.errors import Cancelled
 from magihuman_fast.reference import turbo_vae as reference
 from magihuman_fast.reference.turbo_vae import Window, plan_windows, to_uint8
 from magihuman_fast.synthetic.turbo_vae import TINY_CONFIG
-from magihuman_fast.turbo_vae import TurboVAE, Workspace, pack_layers, window_plan, workspace_bytes
+from magihuman_fast.turbo_vae import TurboVAE, Workspace, window_plan, workspace_bytes
 from magihuman_fast.turbo_vae_config import TurboVAEConfig
 from mismatch import require_rel_err
 from test_turbo_vae import golden_model, random_latent, tiny_state_dict

@@ -212,6 +212,18 @@ def decoder_quality(child: Child, size: str, latent_frames: int) -> None:
     child.end(f"decoder {size}")
 
 
+def self_check(child: Child) -> None:
+    """The package's own check of its kernels, as a user runs it; its answer is kept for what comes after."""
+    child.begin("info --check")
+    words = [sys.executable, "-m", "magihuman_fast", "info", "--json", *(["--check"] if child.on_gpu else [])]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    child.add("fact", {"info": json.loads(done.stdout)})
+    if done.returncode:
+        raise SystemExit(f"info --check: exit code {done.returncode}")
+    child.end("info --check")
+
+
 # --- tools that watch a process -----------------------------------------------------------------------------------
 
 

@@ -96,8 +96,8 @@ POINTWISE = (
 )
 
 PLAN = (
-    Group("facts", 20, "machine, tools, packages", gpu_groups.facts),
-    Group("ceilings", 20, "copy, matrix product, L2", gpu_groups.ceilings),
+    Group("facts", 10, "machine, tools, packages", gpu_groups.facts),
+    Group("ceilings", 12, "copy, matrix product, L2", gpu_groups.ceilings),
     checked(
         "pointwise",
         12,
@@ -127,17 +127,27 @@ PLAN = (
         r"test_(picture|channel_norm|latent_pixels|four_phases)",
         r"test_channel_norm\[.*sim|test_channel_norm\[sim",
     ),
+    measured("self-check", 60, "info --check, as a user runs it", gpu_groups.self_check),
+    checked(
+        "self-check-tests",
+        40,
+        "the same check's cases, and a child of its own",
+        "kernel_check kernel_trust",
+        r"gpu",
+        stall=30,
+    ),
     checked(
         "toy-models",
         40,
         "golden models and runs, replay against eager, streams",
-        "ops kernel_dit step_graph turbo_vae_kernels gpu_context engine turbo_vae_gpu engine_gpu",
-        r"test_(ops|kernel_dit|step_graph|turbo_vae_kernels|gpu_context|engine).py|captured_windows|changing_str|work_beside",
+        "ops kernel_dit step_graph turbo_vae_kernels gpu_context streams engine turbo_vae_gpu engine_gpu",
+        r"test_(ops|kernel_dit|step_graph|turbo_vae_kernels|gpu_context|streams|engine)\.py"
+        r"|captured_windows|changing_streams|work_beside",
         r"test_forward\[.*sim.*a_v2",
     ),
     checked(
         "products-right-256p",
-        40,
+        30,
         "every product at 256p; capture; rows left alone",
         "gpu_kernels",
         r"test_products\[.*256p|test_rows_beyond|test_captured_products",
@@ -145,7 +155,7 @@ PLAN = (
     ),
     checked(
         "attention-right-256p",
-        20,
+        15,
         "attention at 256p and its extremes",
         "attention_gpu",
         r"test_(model_sizes\[256p|without_offsets|nan_stays|offsets_that|without_text|extreme|captured)",
@@ -160,25 +170,18 @@ PLAN = (
     ),
     checked(
         "model-256p",
-        40,
+        25,
         "the whole model at 256p: two prompts, replay against eager",
         "engine_gpu",
         r"test_any_text_on_one_graph\[(.*-)?256p.*distilled|test_any_text_on_one_graph\[distilled.*256p",
         r"test_any_text_on_one_graph\[.*distilled",
         stall=30,
     ),
-    measured("step-256p", 40, "one step at 256p, kernel by kernel", partial(gpu_groups.step, size="256p")),
-    timed("products-256p", 35, "products at 256p, and cuBLAS", *PRODUCTS),
-    timed("attention-256p", 15, "attention at 256p, its tiles, cuDNN", ATTENTION),
-    timed("decoder-256p", 40, "a decode window, a clip, every layer, and cuDNN", *DECODER),
-    timed("pointwise-256p", 15, "norms, embedders, head, updates at 256p", kernel_cases.pointwise_cases),
-    measured("counters-gemm", 25, "what a product's warps wait for", partial(gpu_groups.counters, op="gemm")),
-    measured(
-        "counters-attention",
-        25,
-        "what attention's warps wait for",
-        partial(gpu_groups.counters, op="gated_attention"),
-    ),
+    measured("step-256p", 25, "one step at 256p, kernel by kernel", partial(gpu_groups.step, size="256p")),
+    timed("products-256p", 20, "products at 256p, and cuBLAS", *PRODUCTS),
+    timed("attention-256p", 10, "attention at 256p, its tiles, cuDNN", ATTENTION),
+    timed("decoder-256p", 25, "a decode window, a clip, every layer, and cuDNN", *DECODER),
+    timed("pointwise-256p", 10, "norms, embedders, head, updates at 256p", kernel_cases.pointwise_cases),
     checked(
         "products-right-1080p",
         30,
@@ -215,6 +218,13 @@ PLAN = (
         r"test_drift_of_a_whole_run\[(.*-)?256p",
         stall=60,
     ),
+    measured("counters-gemm", 25, "what a product's warps wait for", partial(gpu_groups.counters, op="gemm")),
+    measured(
+        "counters-attention",
+        25,
+        "what attention's warps wait for",
+        partial(gpu_groups.counters, op="gated_attention"),
+    ),
     measured(
         "counters-conv",
         25,
@@ -230,7 +240,7 @@ PLAN = (
 )
 # For a second call, where all of that is green.
 SECOND = (
-    Group("ceilings", 20, "copy, matrix product, L2", gpu_groups.ceilings),
+    Group("ceilings", 12, "copy, matrix product, L2", gpu_groups.ceilings),
     measured("clip-1080p", 200, "whole clips of 1080p", partial(gpu_groups.clip, preset="1080p")),
     measured("step-1080p", 60, "one step at 1080p, kernel by kernel", partial(gpu_groups.step, size="1080p")),
     measured("clip-540p", 100, "whole clips of 540p", partial(gpu_groups.clip, preset="540p")),

@@ -33,6 +33,7 @@ class Watch:
         self._outcome: dict[str, Any] = {}
         self._found = 0
 
+    @pytest.hookimpl(trylast=True)  # behind what deselects by marker
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen = [item for item in items if self._select.search(item.nodeid)]
         if not self._child.skip:

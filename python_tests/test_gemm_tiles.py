@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 import test_gemm_gpu
-from gemm_cases import KINDS, ROWS_AND_K, Problem, aligned, check, edge_case, make_problem, outputs_of
+from gemm_cases import KINDS, ROWS_AND_K, Problem, check, edge_case, make_problem, outputs_of
 from magihuman_fast.kernel_check import IN_SIMULATOR, ON_GPU, SPARE_ROWS
 from magihuman_fast.kernel_weights import padded_width
 from sim_library import TEXT, build_library
@@ -300,26 +299,6 @@ def run_broken(
     error = ctypes.create_string_buffer(TEXT)
     arguments = (bugs.index(bug), int(wide), ctypes.byref(params), ctypes.c_uint64(seed), error)
     return error.value.decode() if library.sim_broken_gemm(*arguments) else out
-
-
-def test_the_mainloop_takes_8_bit_operands(library: ctypes.CDLL) -> None:
-    for seed in range(8):
-        p = make_problem("gemm", (130, 0, 70), 208, n=264, num_sms=2, seed=seed)
-        narrow = {}
-        for name in ("a", "w"):
-            values = p.tensors[name].float().nan_to_num(0).to(torch.float8_e4m3fn)
-            narrow[name] = aligned(
-                values.shape[0], (values.shape[1] + 15) // 16 * 16, dtype=torch.float8_e4m3fn
-            )
-            narrow[name][:, : values.shape[1]] = values
-            p.tensors[name] = values.bfloat16()  # the numbers that `check` multiplies
-        out = outputs_of(p)
-        error = ctypes.create_string_buffer(TEXT)
-        q = replace(p, tensors={**p.tensors, **narrow})
-        params = params_of(q, out["d"])
-        failed = library.sim_e4m3_gemm(ctypes.byref(params), ctypes.c_uint64(seed), error)
-        assert not failed, error.value.decode()
-        check(p, out)
 
 
 @pytest.mark.parametrize("wide", [True, False])

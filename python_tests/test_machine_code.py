@@ -13,7 +13,7 @@ from machine_code import CSRC, Kernel, compile_kernels, registers_of
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
 
 # Source, and what its two kernels multiply: products of 64 rows by the tile's columns, or by 64 for the gates.
-WIDE, SQUARE = "TileConfig<magihuman::bf16, 256, 2, 4>", "TileConfig<magihuman::bf16, 128, 1, 6>"
+WIDE, SQUARE = "TileConfig<256, 2, 4>", "TileConfig<128, 1, 6>"
 PRODUCTS = {
     "launch_gemm": {WIDE: {256}, SQUARE: {128}},
     "launch_gemm_residual": {WIDE: {256}, SQUARE: {128}},

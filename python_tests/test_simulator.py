@@ -84,7 +84,6 @@ def test_layout_check_can_fail(simulator_tests: Path, tmp_path: Path) -> None:
 # What each wrapper must become: the instruction as the disassembler prints it, and how often at least.
 MACHINE_CODE = {
     "wgmma_bf16": r"HGMMA\.64x(64|96|128|256)x16\.F32\.BF16 ",
-    "wgmma_e4m3": r"QGMMA\.64x(16|128)x32\.F32\.E4M3\.E4M3 ",
     "wgmma_fence": r"WARPGROUP\.ARRIVE",
     "wgmma_wait": r"WARPGROUP\.DEPBAR",
     "tma_load 2-D": r"UTMALDG\.2D ",
@@ -112,7 +111,6 @@ MACHINE_CODE = {
     "ldmatrix_x4 transposed": r"LDSM\.16\.MT88\.4 ",
     "fast_exp2": r"MUFU\.EX2 ",
     "pack_bf16x2": r"F2FP\.BF16\.F32\.PACK_AB ",
-    "pack_e4m3x2": r"F2FP\.SATFINITE\.E4M3",
 }
 
 

@@ -13,8 +13,8 @@
 
 namespace magihuman::gemm {
 
-using WideTile = TileConfig<bf16, 256, 2, 4>;
-using SquareTile = TileConfig<bf16, 128, 1, 6>;
+using WideTile = TileConfig<256, 2, 4>;
+using SquareTile = TileConfig<128, 1, 6>;
 
 // Rows of a matrix that copies of 16 bytes can follow.
 inline void require_matrix(const Arguments& check, const void* base, const char* name, int64_t pitch,
@@ -42,12 +42,9 @@ inline void check_problem(const Arguments& check, const GemmParams& g) {
 template <typename Config, typename Epilogue>
 void launch_tile(const GemmParams& g, int columns, const Epilogue& epilogue, const char* name, int num_sms,
                  Stream stream) {
-    constexpr auto kSwizzle = Swizzle::kBytes128;
-    constexpr auto kType = sizeof(typename Config::Element) == 2 ? ElementType::kBf16 : ElementType::kE4m3;
     const auto map = [&](const void* base, int64_t rows, int64_t pitch, uint32_t box_rows, const char* what) {
-        const TensorMapSpec spec =
-            matrix_map_spec(base, kType, rows, g.k, pitch * sizeof(typename Config::Element), box_rows,
-                            Config::kBlockK, kSwizzle);
+        const TensorMapSpec spec = matrix_map_spec(base, ElementType::kBf16, rows, g.k, pitch * sizeof(bf16),
+                                                   box_rows, Config::kBlockK, Swizzle::kBytes128);
         return make_tensor_map(spec, what);
     };
     const int rest = columns % Config::kBlockN;

@@ -1,7 +1,7 @@
 // The pipeline of every matrix product: a ring of shared-memory stages, filled by one thread through the copy
 // engine and emptied by two warpgroups through the tensor cores.
 //
-// A stage holds 128 bytes of K (64 bf16 or 128 e4m3) of the block's rows and columns:
+// A stage holds 128 bytes of K (64 bf16) of the block's rows and columns:
 //   A  two boxes of 64 rows, one per consumer warpgroup; the second is left out where no row of it is needed
 //   B  two boxes of BLOCK_N / 2 weight rows
 // In a pair of blocks each fetches one box of the operand that both need, for both. So a stage is free only
@@ -30,13 +30,12 @@ enum class Bug {
 };
 
 // A compiled tile. Shared memory: stages, the consumers' output staging, barriers; at most 227 KB.
-template <typename T, int kTileN, int kBlocks, int kRingStages>
+template <int kTileN, int kBlocks, int kRingStages>
 struct TileConfig {
-    using Element = T;
     static constexpr int kBlockN = kTileN, kCluster = kBlocks, kNumStages = kRingStages;
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
     static constexpr uint32_t kRowBytes = 128;  // of K in a stage: the swizzle span
-    static constexpr int kBlockK = kRowBytes / sizeof(T);
+    static constexpr int kBlockK = kRowBytes / sizeof(bf16);
     static constexpr uint32_t kABoxBytes = 64 * kRowBytes, kBBoxBytes = kTileN / 2 * kRowBytes;
     static constexpr uint32_t kStageBytes = 2 * kABoxBytes + 2 * kBBoxBytes;
     static constexpr uint32_t kWarpStagingBytes = 16 * 128 * 2;  // 16 rows of 128 bf16
@@ -49,16 +48,6 @@ struct TileConfig {
     static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
     static constexpr Bug kBug = Bug::kNone;
 };
-
-// Both operands K-major in shared memory, 32 bytes of K.
-template <typename T, int kN>
-HOPPER_INLINE void multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-    if constexpr (sizeof(T) == 2) {
-        wgmma_bf16<kN>(d, a, b, accumulate);
-    } else {
-        wgmma_e4m3<kN>(d, a, b, accumulate);
-    }
-}
 
 template <typename Config>
 class Ring {
@@ -173,8 +162,8 @@ HOPPER_INLINE void consume(Ring<Config>& ring, float (&d)[kN / 2], int consumer,
         wgmma_fence();
 #pragma unroll
         for (uint32_t step = 0; step < Config::kRowBytes / 32; ++step) {
-            multiply<typename Config::Element, kN>(d, advance(a, step * 32), advance(b, step * 32),
-                                                   !decltype(first)::value || step > 0);
+            wgmma_bf16<kN>(d, advance(a, step * 32), advance(b, step * 32),
+                           !decltype(first)::value || step > 0);
         }
         wgmma_commit();
         beside(k_block);

@@ -13,7 +13,6 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #define HOPPER_INLINE __device__ __forceinline__
 #endif

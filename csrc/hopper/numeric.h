@@ -1,5 +1,5 @@
 // Narrow number formats and the fast approximate functions of the special-function unit.
-// All conversions round to nearest even; e4m3 saturates to +-448, as cvt.rn.satfinite does.
+// All conversions round to nearest even.
 #pragma once
 
 #include "hopper/device.h"
@@ -15,9 +15,6 @@ struct bf16 {
 };
 struct fp16 {
     uint16_t bits;
-};
-struct e4m3 {
-    uint8_t bits;
 };
 
 HOPPER_INLINE float float_from_bits(uint32_t bits) {
@@ -43,14 +40,6 @@ HOPPER_INLINE float to_float(fp16 value) {
     return sim::fp16_to_float(value.bits);
 #else
     return __half2float(__ushort_as_half(value.bits));
-#endif
-}
-
-HOPPER_INLINE float to_float(e4m3 value) {
-#if defined(MAGIHUMAN_SIM)
-    return sim::e4m3_to_float(value.bits);
-#else
-    return __half2float(__half(__nv_cvt_fp8_to_halfraw(value.bits, __NV_E4M3)));
 #endif
 }
 
@@ -83,16 +72,6 @@ HOPPER_INLINE uint32_t pack_bf16x2(float low, float high) {
 
 HOPPER_INLINE float low_bf16(uint32_t packed) { return float_from_bits(packed << 16); }
 HOPPER_INLINE float high_bf16(uint32_t packed) { return float_from_bits(packed & 0xffff0000u); }
-
-HOPPER_INLINE uint16_t pack_e4m3x2(float low, float high) {
-#if defined(MAGIHUMAN_SIM)
-    return static_cast<uint16_t>(sim::e4m3_from_float(low) | sim::e4m3_from_float(high) << 8);
-#else
-    uint16_t packed;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
-    return packed;
-#endif
-}
 
 // 2^x, relative error about 2^-22. Results that would be subnormal flush to zero.
 HOPPER_INLINE float fast_exp2(float x) {

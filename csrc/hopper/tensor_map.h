@@ -13,10 +13,10 @@
 
 namespace magihuman {
 
-enum class ElementType : uint32_t { kBf16, kFp16, kFloat32, kE4m3 };
+enum class ElementType : uint32_t { kBf16, kFp16, kFloat32 };
 
 __host__ __device__ constexpr uint32_t element_bytes(ElementType type) {
-    return type == ElementType::kE4m3 ? 1 : type == ElementType::kFloat32 ? 4 : 2;
+    return type == ElementType::kFloat32 ? 4 : 2;
 }
 
 // How much of L2 a miss fills. 256 bytes suit rows that neighbouring boxes go on reading.
@@ -143,10 +143,8 @@ inline TensorMap make_tensor_map(const TensorMapSpec& spec, const char* name) {
                      const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                      CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     static const auto encode = driver_function<Encode>("cuTensorMapEncodeTiled");
-    // Bytes have no number format of their own: out-of-range fill is zero either way.
-    constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                              CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                                              CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_UINT8};
+    constexpr CUtensorMapDataType kTypes[] = {
+        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
     constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                                 CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
     constexpr CUtensorMapL2promotion kPromotions[] = {

@@ -4,8 +4,7 @@
 //   d[4j] = D[row, 8j + column]      d[4j + 1] = D[row, 8j + column + 1]
 //   d[4j + 2] = D[row + 8, 8j + column]   d[4j + 3] = D[row + 8, 8j + column + 1]
 // A in registers (bf16): a[0] = A[row, column..+1], a[1] = A[row + 8, same], a[2] and a[3] = the same 8
-// columns further on: packed accumulators of 16 columns are the next product's A. (e4m3: 4 columns a
-// register, 16 apart.)
+// columns further on: packed accumulators of 16 columns are the next product's A.
 //
 // Order: wgmma_fence, products, wgmma_commit, wgmma_wait<n>. Between the first product and the wait nobody
 // may touch d (or a), nor overwrite the shared memory that the descriptors name.
@@ -120,8 +119,6 @@ constexpr auto kCuteMajor = kMajor == Major::kK ? cute::SM90::GMMA::Major::K : c
         template <Major kB>                                                                              \
         using Bf16RS =                                                                                   \
             cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<kCuteMajor<Major::kK>, kCuteMajor<kB>>;     \
-        using E4m3SS = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>;                            \
-        using E4m3RS = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>;                            \
     };
 #define HOPPER_WGMMA_SHAPES_4(A, B, C, D) \
     HOPPER_WGMMA_SHAPE(A) HOPPER_WGMMA_SHAPE(B) HOPPER_WGMMA_SHAPE(C) HOPPER_WGMMA_SHAPE(D)
@@ -155,8 +152,7 @@ HOPPER_INLINE void issue(float (&d)[kRegisters], bool accumulate, std::index_seq
 template <int kN, Major kA = Major::kK, Major kB = Major::kK>
 HOPPER_INLINE void wgmma_bf16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
 #if defined(MAGIHUMAN_SIM)
-    sim::wgmma({kN, sim::WgmmaType::kBf16, kA == Major::kMN, kB == Major::kMN, accumulate, false, a, b}, d,
-               nullptr);
+    sim::wgmma({kN, kA == Major::kMN, kB == Major::kMN, accumulate, false, a, b}, d, nullptr);
 #else
     using Instruction = typename wgmma_shapes::Shape<kN>::template Bf16SS<kA, kB>;
     wgmma_shapes::issue<Instruction>(d, accumulate, std::make_index_sequence<kN / 2>{}, a, b);
@@ -167,31 +163,9 @@ HOPPER_INLINE void wgmma_bf16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool a
 template <int kN, Major kB = Major::kK>
 HOPPER_INLINE void wgmma_bf16(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
 #if defined(MAGIHUMAN_SIM)
-    sim::wgmma({kN, sim::WgmmaType::kBf16, false, kB == Major::kMN, accumulate, true, 0, b}, d, a);
+    sim::wgmma({kN, false, kB == Major::kMN, accumulate, true, 0, b}, d, a);
 #else
     using Instruction = typename wgmma_shapes::Shape<kN>::template Bf16RS<kB>;
-    wgmma_shapes::issue<Instruction>(d, accumulate, std::make_index_sequence<kN / 2>{}, a[0], a[1], a[2],
-                                     a[3], b);
-#endif
-}
-
-// Both operands e4m3, K-major (the only way it exists), K = 32.
-template <int kN>
-HOPPER_INLINE void wgmma_e4m3(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-#if defined(MAGIHUMAN_SIM)
-    sim::wgmma({kN, sim::WgmmaType::kE4m3, false, false, accumulate, false, a, b}, d, nullptr);
-#else
-    using Instruction = typename wgmma_shapes::Shape<kN>::E4m3SS;
-    wgmma_shapes::issue<Instruction>(d, accumulate, std::make_index_sequence<kN / 2>{}, a, b);
-#endif
-}
-
-template <int kN>
-HOPPER_INLINE void wgmma_e4m3(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-#if defined(MAGIHUMAN_SIM)
-    sim::wgmma({kN, sim::WgmmaType::kE4m3, false, false, accumulate, true, 0, b}, d, a);
-#else
-    using Instruction = typename wgmma_shapes::Shape<kN>::E4m3RS;
     wgmma_shapes::issue<Instruction>(d, accumulate, std::make_index_sequence<kN / 2>{}, a[0], a[1], a[2],
                                      a[3], b);
 #endif

@@ -103,10 +103,8 @@ void tma_store(const TensorMap* map, const void* source, const int* coordinates,
 void tma_store_commit();
 void tma_store_wait(uint32_t groups, bool only_reads);
 
-enum class WgmmaType : uint8_t { kBf16, kE4m3 };
 struct WgmmaForm {
     int n;
-    WgmmaType type;
     bool a_mn_major, b_mn_major, accumulate, a_in_registers;
     uint64_t a, b;  // descriptors
     bool operator==(const WgmmaForm&) const = default;

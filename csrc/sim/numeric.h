@@ -52,25 +52,6 @@ inline uint16_t fp16_from_float(float value) {
                                  (static_cast<int>(std::ldexp(fraction, 11)) & 1023));
 }
 
-// e4m3: bias 7, no infinities, 0x7f is NaN, largest 448.
-inline float e4m3_to_float(uint8_t bits) {
-    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-    double value = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
-    if ((bits & 0x7f) == 0x7f) value = NAN;
-    return static_cast<float>(bits & 0x80 ? -value : value);
-}
-
-inline uint8_t e4m3_from_float(float value) {
-    if (std::isnan(value)) return 0x7f;
-    const uint8_t sign = std::signbit(value) ? 0x80 : 0;
-    const double rounded = std::fabs(round_to_format(value, 3, -6));
-    if (rounded >= 448) return sign | 0x7e;
-    if (rounded < std::ldexp(1, -6)) return sign | static_cast<uint8_t>(std::ldexp(rounded, 9));
-    int exponent;
-    const double fraction = std::frexp(rounded, &exponent);
-    return static_cast<uint8_t>(sign | (exponent + 6) << 3 | (static_cast<int>(std::ldexp(fraction, 4)) & 7));
-}
-
 inline float exp2_flushed(float x) {
     const float y = std::exp2(x);
     return y < 1.17549435e-38f ? 0.0f : y;

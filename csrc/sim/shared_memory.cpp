@@ -7,7 +7,7 @@
 namespace magihuman::sim {
 
 namespace {
-constexpr uint8_t kPoison = 0xff;  // NaN in bf16, fp16, float32 and e4m3
+constexpr uint8_t kPoison = 0xff;  // NaN in bf16, fp16 and float32
 }
 
 SharedMemory::SharedMemory() : storage_(new uint8_t[kMaxBytes + 2048]), mirror_(new uint8_t[kMaxBytes + 16]) {

@@ -1,7 +1,6 @@
 #include "sim/tensor_core.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 
 #include "sim/machine.h"
@@ -58,7 +57,6 @@ std::vector<uint32_t> operand_chunks(const WgmmaForm& form, bool a, const Shared
         chunks.push_back(offset);
     };
     if (a ? form.a_mn_major : form.b_mn_major) {
-        if (form.type != WgmmaType::kBf16) fail("wgmma shape", "8-bit operands exist K-major only");
         chunks.reserve(2 * rows);
         const uint32_t span_chunks = span / 16;
         for (uint32_t k = 0; k < 16; ++k) {
@@ -83,31 +81,22 @@ namespace {
 
 typedef float Vector __attribute__((vector_size(32), aligned(4)));
 
-constexpr int kMaxK = 32;
+constexpr int kK = 16, kPerChunk = 8;
 
-float widen(WgmmaType type, const uint8_t* element) {
-    if (type == WgmmaType::kBf16) {
-        uint16_t bits;
-        std::memcpy(&bits, element, 2);
-        return bf16_to_float(bits);
-    }
-    static const std::array<float, 256> kE4m3 = [] {
-        std::array<float, 256> values;
-        for (int i = 0; i < 256; ++i) values[i] = e4m3_to_float(static_cast<uint8_t>(i));
-        return values;
-    }();
-    return kE4m3[*element];
+float widen(const uint8_t* element) {
+    uint16_t bits;
+    std::memcpy(&bits, element, 2);
+    return bf16_to_float(bits);
 }
 
 // Elements of an operand as float, through store(row, k, value).
-template <WgmmaType kType, typename Store>
+template <typename Store>
 void unpack(const uint8_t* shared, const std::vector<uint32_t>& chunks, uint32_t rows, bool mn_major,
             Store store) {
-    constexpr int kBytes = kType == WgmmaType::kBf16 ? 2 : 1, kPerChunk = 16 / kBytes;
     for (size_t i = 0; i < chunks.size(); ++i) {
         const uint8_t* chunk = shared + chunks[i];
         for (int e = 0; e < kPerChunk; ++e) {
-            const float value = widen(kType, chunk + e * kBytes);
+            const float value = widen(chunk + e * 2);
             if (mn_major) {
                 store(static_cast<int>(i % (rows / 8)) * 8 + e, static_cast<int>(i / (rows / 8)), value);
             } else {
@@ -117,25 +106,23 @@ void unpack(const uint8_t* shared, const std::vector<uint32_t>& chunks, uint32_t
     }
 }
 
-template <WgmmaType kType>
-void multiply_typed(const WgmmaForm& form, const uint8_t* shared, const std::vector<uint32_t>& a_chunks,
-                    const std::vector<uint32_t>& b_chunks, const std::vector<uint32_t>& a_registers,
-                    float* tile) {
-    constexpr int kK = kType == WgmmaType::kBf16 ? 16 : 32;
+}  // namespace
+
+void multiply(const WgmmaForm& form, const uint8_t* shared, const std::vector<uint32_t>& a_chunks,
+              const std::vector<uint32_t>& b_chunks, const std::vector<uint32_t>& a_registers, float* tile) {
     const int n = form.n;
-    static float a[64][kMaxK], b[kMaxK][256];
-    unpack<kType>(shared, b_chunks, n, form.b_mn_major, [](int row, int k, float v) { b[k][row] = v; });
+    static float a[64][kK], b[kK][256];
+    unpack(shared, b_chunks, n, form.b_mn_major, [](int row, int k, float v) { b[k][row] = v; });
     if (form.a_in_registers) {
-        constexpr int kBytes = kType == WgmmaType::kBf16 ? 2 : 1;
         const auto* bytes = reinterpret_cast<const uint8_t*>(a_registers.data());
         for (int t = 0; t < 128; ++t) {
-            for (int i = 0; i < 16 / kBytes; ++i) {
-                const Place place = a_register_place(kType, t, i);
-                a[place.row][place.column] = widen(kType, bytes + t * 16 + i * kBytes);
+            for (int i = 0; i < 8; ++i) {
+                const Place place = a_register_place(t, i);
+                a[place.row][place.column] = widen(bytes + t * 16 + i * 2);
             }
         }
     } else {
-        unpack<kType>(shared, a_chunks, 64, form.a_mn_major, [](int row, int k, float v) { a[row][k] = v; });
+        unpack(shared, a_chunks, 64, form.a_mn_major, [](int row, int k, float v) { a[row][k] = v; });
     }
     // Four rows by one vector of columns at a time; columns of the result are contiguous.
     for (int row = 0; row < 64; row += 4) {
@@ -151,17 +138,6 @@ void multiply_typed(const WgmmaForm& form, const uint8_t* shared, const std::vec
             }
             for (int r = 0; r < 4; ++r) *reinterpret_cast<Vector*>(tile + (row + r) * n + column) = sum[r];
         }
-    }
-}
-
-}  // namespace
-
-void multiply(const WgmmaForm& form, const uint8_t* shared, const std::vector<uint32_t>& a_chunks,
-              const std::vector<uint32_t>& b_chunks, const std::vector<uint32_t>& a_registers, float* tile) {
-    if (form.type == WgmmaType::kBf16) {
-        multiply_typed<WgmmaType::kBf16>(form, shared, a_chunks, b_chunks, a_registers, tile);
-    } else {
-        multiply_typed<WgmmaType::kE4m3>(form, shared, a_chunks, b_chunks, a_registers, tile);
     }
 }
 

@@ -19,11 +19,9 @@ constexpr Place accumulator_place(int t, int index) {
     return {16 * (t / 32) + t % 32 / 4 + index / 2 % 2 * 8, index / 4 * 8 + t % 4 * 2 + index % 2};
 }
 // Element `index` of A, in memory order through the thread's four registers; `column` is k.
-constexpr Place a_register_place(WgmmaType type, int t, int index) {
-    const int per_register = type == WgmmaType::kBf16 ? 2 : 4;
-    const int r = index / per_register;
-    return {16 * (t / 32) + t % 32 / 4 + r % 2 * 8,
-            per_register * (t % 4 + r / 2 * 4) + index % per_register};
+constexpr Place a_register_place(int t, int index) {
+    const int r = index / 2;
+    return {16 * (t / 32) + t % 32 / 4 + r % 2 * 8, 2 * (t % 4 + r / 2 * 4) + index % 2};
 }
 
 // tile[64][n] (+)= A B, in float32. A from chunks, or, where a_registers is not empty, from [128][4]

@@ -85,16 +85,6 @@ int sim_broken_gemm(int bug, int wide, const GemmBf16Params* params, uint64_t se
     });
 }
 
-// The mainloop on 8-bit operands (pitches in elements), without scales.
-int sim_e4m3_gemm(const GemmBf16Params* p, uint64_t seed, char* error) {
-    return sim::guarded(error, [&] {
-        sim::set_seed(seed);
-        const gemm::Bf16Epilogue<gemm::Identity> epilogue{static_cast<bf16*>(p->d), p->ldd, p->g.n};
-        using Tile = gemm::TileConfig<e4m3, 256, 2, 4>;
-        gemm::launch_tile<Tile>(p->g, p->g.n, epilogue, "gemm_e4m3", p->g.num_sms, nullptr);
-    });
-}
-
 int gemm_shared_bytes(int wide) {
     return static_cast<int>(wide ? gemm::WideTile::kSharedBytes : gemm::SquareTile::kSharedBytes);
 }

@@ -2,10 +2,10 @@
 // (layout_check.cpp reads it). Compiling CuTe takes minutes, hence the committed output. To make it again:
 //   nvcc -std=c++20 -arch=sm_90a -I <cutlass>/include canonical_layouts.cu && ./a.out | grep -v ERROR
 // Lines, where <hash> is FNV-1a over the numbers named:
-//   operand <mn major> <element bytes> <rows> <start byte> <descriptor, start field zero> <hash>: byte offset of
+//   operand <mn major> <rows> <start byte> <descriptor, start field zero> <hash>: byte offset of
 //           each element of one instruction's operand, rows slow, K fast;
 //   accumulator <n> <hash>: row + 64 * column for each thread and register;
-//   registers <element bytes> <hash>: row + 64 * k for each thread and element of A.
+//   registers <hash>: row + 64 * k for each thread and element of A.
 #include <cstdint>
 #include <cstdio>
 #include <cute/arch/mma_sm90_desc.hpp>
@@ -19,13 +19,13 @@ struct Hash {
     void add(int number) { value = (value ^ static_cast<uint32_t>(number)) * 1099511628211ull; }
 };
 
-template <class T, SM90::GMMA::Major kMajor, int kRows, class Atom>
+template <SM90::GMMA::Major kMajor, int kRows, class Atom>
 void print_operand(Atom atom) {
-    constexpr int kStep = 32 / sizeof(T), kK = 128 / sizeof(T);
+    constexpr int kStep = 16, kK = 64;
     constexpr uintptr_t kBase = 1 << 20;
     const auto layout = tile_to_shape(atom, Shape<Int<kRows>, Int<kK>>{});
     const auto offset = as_position_independent_swizzle_layout(layout);
-    const auto tensor = make_tensor(make_smem_ptr(reinterpret_cast<T*>(kBase)), layout);
+    const auto tensor = make_tensor(make_smem_ptr(reinterpret_cast<bfloat16_t*>(kBase)), layout);
     for (int step = 0; step < kK / kStep; ++step) {
         const auto slice = local_tile(tensor, Shape<Int<kRows>, Int<kStep>>{}, make_coord(0, step));
         // On the host CUTLASS takes the shared address to be zero, with a line to say so that the reader
@@ -34,41 +34,38 @@ void print_operand(Atom atom) {
         const auto start = reinterpret_cast<uintptr_t>(raw_pointer_cast(slice.data())) - kBase;
         Hash hash;
         for (int row = 0; row < kRows; ++row) {
-            for (int k = 0; k < kStep; ++k) hash.add(int(offset(row, step * kStep + k) * sizeof(T)));
+            for (int k = 0; k < kStep; ++k) hash.add(int(offset(row, step * kStep + k) * sizeof(bfloat16_t)));
         }
-        std::printf("operand %d %d %d %d %llu %llu\n", int(kMajor), int(sizeof(T)), kRows, int(start),
+        std::printf("operand %d %d %d %llu %llu\n", int(kMajor), kRows, int(start),
                     static_cast<unsigned long long>(descriptor.desc_),
                     static_cast<unsigned long long>(hash.value));
     }
 }
 
-template <class T, SM90::GMMA::Major kMajor, int kRows>
+template <SM90::GMMA::Major kMajor, int kRows>
 void print_swizzles() {
-    print_operand<T, kMajor, kRows>(SM90::GMMA::Layout_INTER_Atom<T, kMajor>{});
-    print_operand<T, kMajor, kRows>(SM90::GMMA::Layout_SW32_Atom<T, kMajor>{});
-    print_operand<T, kMajor, kRows>(SM90::GMMA::Layout_SW64_Atom<T, kMajor>{});
-    print_operand<T, kMajor, kRows>(SM90::GMMA::Layout_SW128_Atom<T, kMajor>{});
+    print_operand<kMajor, kRows>(SM90::GMMA::Layout_INTER_Atom<bfloat16_t, kMajor>{});
+    print_operand<kMajor, kRows>(SM90::GMMA::Layout_SW32_Atom<bfloat16_t, kMajor>{});
+    print_operand<kMajor, kRows>(SM90::GMMA::Layout_SW64_Atom<bfloat16_t, kMajor>{});
+    print_operand<kMajor, kRows>(SM90::GMMA::Layout_SW128_Atom<bfloat16_t, kMajor>{});
 }
 
 template <class Layout>
-void print_registers(const char* kind, int number, Layout layout) {
+void print_registers(const char* kind, Layout layout) {
     Hash hash;
     for (int thread = 0; thread < 128; ++thread) {
         for (int value = 0; value < size<1>(layout); ++value) hash.add(int(layout(thread, value)));
     }
-    std::printf("%s %d %llu\n", kind, number, static_cast<unsigned long long>(hash.value));
+    std::printf("%s %llu\n", kind, static_cast<unsigned long long>(hash.value));
 }
 
 int main() {
     using enum SM90::GMMA::Major;
-    print_swizzles<bfloat16_t, K, 64>();
-    print_swizzles<bfloat16_t, K, 128>();
-    print_swizzles<bfloat16_t, MN, 64>();
-    print_swizzles<bfloat16_t, MN, 192>();
-    print_swizzles<float_e4m3_t, K, 64>();
-    print_swizzles<float_e4m3_t, K, 128>();
-    print_registers("accumulator", 8, SM90::GMMA::CLayout_64xN<8>{});
-    print_registers("accumulator", 192, SM90::GMMA::CLayout_64xN<192>{});
-    print_registers("registers", 2, SM90::GMMA::ALayout_64x16{});
-    print_registers("registers", 1, SM90::GMMA::ALayout_64x32{});
+    print_swizzles<K, 64>();
+    print_swizzles<K, 128>();
+    print_swizzles<MN, 64>();
+    print_swizzles<MN, 192>();
+    print_registers("accumulator 8", SM90::GMMA::CLayout_64xN<8>{});
+    print_registers("accumulator 192", SM90::GMMA::CLayout_64xN<192>{});
+    print_registers("registers", SM90::GMMA::ALayout_64x16{});
 }

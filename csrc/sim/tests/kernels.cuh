@@ -166,9 +166,9 @@ struct WgmmaSampleParams {
 // D[64, N] = A B with 128 bytes of K, for every operand form. K-major operands are [rows, K] in global
 // memory, MN-major ones [K, rows].
 // `kTouchedA`: a mistake, a register of A changes in flight.
-template <typename T, int kN, Major kA, Major kB, Swizzle kSwizzle, bool kARegisters, bool kTouchedA = false>
+template <int kN, Major kA, Major kB, Swizzle kSwizzle, bool kARegisters, bool kTouchedA = false>
 __global__ void __launch_bounds__(128, 1) wgmma_sample(const __grid_constant__ WgmmaSampleParams p) {
-    constexpr uint32_t kSpan = swizzle_span(kSwizzle), kK = 128 / sizeof(T), kBTile = 64 * 128;
+    constexpr uint32_t kSpan = swizzle_span(kSwizzle), kK = 64, kBTile = 64 * 128;
     uint8_t* shared = dynamic_shared_memory();
     auto* barrier = reinterpret_cast<Barrier*>(shared + kBTile + kN * 128);
     role("wgmma");
@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(128, 1) wgmma_sample(const __grid_constant__ W
     const auto load = [&](const TensorMap& map, uint8_t* tile, Major major, uint32_t rows) {
         // One box per span: of K, all rows; or of rows, all of K.
         const uint32_t length = major == Major::kK ? kK : rows, lines = major == Major::kK ? rows : kK;
-        for (uint32_t box = 0; box * kSpan < length * sizeof(T); ++box) {
-            tma_load(tile + box * lines * kSpan, &map, barrier, CacheHint::kNormal, box * kSpan / sizeof(T),
-                     0);
+        for (uint32_t box = 0; box * kSpan < length * sizeof(bf16); ++box) {
+            tma_load(tile + box * lines * kSpan, &map, barrier, CacheHint::kNormal,
+                     box * kSpan / sizeof(bf16), 0);
         }
     };
     if (threadIdx.x == 0) {
@@ -217,14 +217,10 @@ __global__ void __launch_bounds__(128, 1) wgmma_sample(const __grid_constant__ W
 #pragma unroll
     for (uint32_t step = 0; step < 4; ++step) {
         const uint64_t b = descriptor(shared + kBTile, kB, kN, step);
-        if constexpr (kARegisters && sizeof(T) == 2) {
+        if constexpr (kARegisters) {
             wgmma_bf16<kN, kB>(d, a_registers[step], b, step > 0);
-        } else if constexpr (kARegisters) {
-            wgmma_e4m3<kN>(d, a_registers[step], b, step > 0);
-        } else if constexpr (sizeof(T) == 2) {
-            wgmma_bf16<kN, kA, kB>(d, descriptor(shared, kA, 64, step), b, step > 0);
         } else {
-            wgmma_e4m3<kN>(d, descriptor(shared, kA, 64, step), b, step > 0);
+            wgmma_bf16<kN, kA, kB>(d, descriptor(shared, kA, 64, step), b, step > 0);
         }
     }
     wgmma_commit();

@@ -15,24 +15,22 @@ struct Hash {
 };
 
 void check_operand(std::istringstream& line) {
-    int mn_major, bytes, rows, start;
+    int mn_major, rows, start;
     uint64_t descriptor;
-    line >> mn_major >> bytes >> rows >> start >> descriptor;
+    line >> mn_major >> rows >> start >> descriptor;
     static sim::SharedMemory memory;
     memory.reset(64 * 1024);
     const bool a = rows == 64;
     descriptor += (sim::SharedMemory::kWindowStart + start) >> 4;
-    sim::WgmmaForm form{
-        rows, bytes == 2 ? sim::WgmmaType::kBf16 : sim::WgmmaType::kE4m3, false, false, true, false, 0, 0};
+    sim::WgmmaForm form{rows, false, false, true, false, 0, 0};
     (a ? form.a : form.b) = descriptor;
     (a ? form.a_mn_major : form.b_mn_major) = mn_major != 0;
     const std::vector<uint32_t> chunks = sim::operand_chunks(form, a, memory);
-    const int per_chunk = 16 / bytes;
     Hash hash;
     for (int row = 0; row < rows; ++row) {
-        for (int k = 0; k < 32 / bytes; ++k) {
+        for (int k = 0; k < 16; ++k) {
             hash.add(mn_major != 0 ? chunks[k * (rows / 8) + row / 8] + row % 8 * 2
-                                   : chunks[row * 2 + k / per_chunk] + k % per_chunk * bytes);
+                                   : chunks[row * 2 + k / 8] + k % 8 * 2);
         }
     }
     uint64_t expected;
@@ -63,18 +61,15 @@ int check_layouts(const char* path) {
         std::istringstream line(text);
         std::string kind;
         line >> kind;
-        int number = 0;
         try {
             if (kind == "operand") {
                 check_operand(line);
             } else if (kind == "accumulator") {
-                line >> number;
-                check_registers(line, number / 2, sim::accumulator_place);
+                int columns = 0;
+                line >> columns;
+                check_registers(line, columns / 2, sim::accumulator_place);
             } else if (kind == "registers") {
-                line >> number;
-                const auto type = number == 2 ? sim::WgmmaType::kBf16 : sim::WgmmaType::kE4m3;
-                check_registers(line, 16 / number,
-                                [type](int t, int i) { return sim::a_register_place(type, t, i); });
+                check_registers(line, 8, sim::a_register_place);
             } else {
                 continue;
             }

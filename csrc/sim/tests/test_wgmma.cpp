@@ -11,41 +11,32 @@ namespace {
 
 // Small integers and halves: products and sums are exact in float32, so a wrong element cannot hide in
 // rounding.
-template <typename T>
-T element(uint32_t bits) {
-    const float value = static_cast<float>(static_cast<int>(bits % 17) - 8) / 2;
-    if constexpr (sizeof(T) == 2) {
-        return to_bf16(value);
-    } else {
-        return {sim::e4m3_from_float(value)};
-    }
-}
+bf16 element(uint32_t bits) { return to_bf16(static_cast<float>(static_cast<int>(bits % 17) - 8) / 2); }
 
-template <typename T, int kN, Major kA, Major kB, Swizzle kSwizzle, bool kARegisters = false>
+template <int kN, Major kA, Major kB, Swizzle kSwizzle, bool kARegisters = false>
 void check() {
-    constexpr int kK = 128 / sizeof(T);
-    constexpr auto kType = sizeof(T) == 2 ? ElementType::kBf16 : ElementType::kE4m3;
-    constexpr uint32_t kSpanElements = swizzle_span(kSwizzle) / sizeof(T);
-    Buffer<T> a(64 * kK, "a"), b(kN * kK, "b");
+    constexpr int kK = 64;
+    constexpr uint32_t kSpanElements = swizzle_span(kSwizzle) / sizeof(bf16);
+    Buffer<bf16> a(64 * kK, "a"), b(kN * kK, "b");
     Buffer<float> d(64 * kN, "d", NAN);
     std::mt19937 generator(kN);
-    for (T& value : a) value = element<T>(generator());
-    for (T& value : b) value = element<T>(generator());
-    const auto map = [](Buffer<T>& buffer, Major major, int rows) {
+    for (bf16& value : a) value = element(generator());
+    for (bf16& value : b) value = element(generator());
+    const auto map = [](Buffer<bf16>& buffer, Major major, int rows) {
         const int lines = major == Major::kK ? rows : kK, length = major == Major::kK ? kK : rows;
-        return make_tensor_map(matrix_map_spec(buffer.data(), kType, lines, length, length * sizeof(T), lines,
-                                               kSpanElements, kSwizzle),
+        return make_tensor_map(matrix_map_spec(buffer.data(), ElementType::kBf16, lines, length,
+                                               length * sizeof(bf16), lines, kSpanElements, kSwizzle),
                                "operand");
     };
     const WgmmaSampleParams params{map(a, kA, 64), map(b, kB, kN), reinterpret_cast<const uint8_t*>(a.data()),
                                    d.data()};
-    const auto at = [](Buffer<T>& buffer, Major major, int rows, int row, int k) {
+    const auto at = [](Buffer<bf16>& buffer, Major major, int rows, int row, int k) {
         return double(to_float(buffer[major == Major::kK ? row * kK + k : k * rows + row]));
     };
     for (int seed = 0; seed < 4; ++seed) {
         for (float& value : d) value = NAN;
         sim::set_seed(seed);
-        launch(wgmma_sample<T, kN, kA, kB, kSwizzle, kARegisters>,
+        launch(wgmma_sample<kN, kA, kB, kSwizzle, kARegisters>,
                {"wgmma_sample", dim3(1), 128, 1, 64 * 128 + kN * 128 + 8}, params);
         for (int i = 0; i < 64; ++i) {
             for (int j = 0; j < kN; ++j) {
@@ -63,12 +54,12 @@ void check() {
 
 template <Swizzle kSwizzle>
 void check_bf16() {
-    check<bf16, 64, Major::kK, Major::kK, kSwizzle>();
-    check<bf16, 64, Major::kK, Major::kMN, kSwizzle>();
-    check<bf16, 128, Major::kMN, Major::kK, kSwizzle>();
-    check<bf16, 192, Major::kMN, Major::kMN, kSwizzle>();
-    check<bf16, 64, Major::kK, Major::kK, kSwizzle, true>();
-    check<bf16, 128, Major::kK, Major::kMN, kSwizzle, true>();
+    check<64, Major::kK, Major::kK, kSwizzle>();
+    check<64, Major::kK, Major::kMN, kSwizzle>();
+    check<128, Major::kMN, Major::kK, kSwizzle>();
+    check<192, Major::kMN, Major::kMN, kSwizzle>();
+    check<64, Major::kK, Major::kK, kSwizzle, true>();
+    check<128, Major::kK, Major::kMN, kSwizzle, true>();
 }
 
 }  // namespace
@@ -80,16 +71,8 @@ SIM_TEST(wgmma_bf16_no_swizzle) { check_bf16<Swizzle::kNone>(); }
 
 SIM_TEST(wgmma_bf16_every_width) {
     [&]<int... kI>(std::integer_sequence<int, kI...>) {
-        (check<bf16, 8 * (kI + 1), Major::kK, Major::kK, Swizzle::kBytes128>(), ...);
+        (check<8 * (kI + 1), Major::kK, Major::kK, Swizzle::kBytes128>(), ...);
     }(std::make_integer_sequence<int, 32>{});
-}
-
-SIM_TEST(wgmma_e4m3) {
-    check<e4m3, 64, Major::kK, Major::kK, Swizzle::kBytes128>();
-    check<e4m3, 256, Major::kK, Major::kK, Swizzle::kBytes64>();
-    check<e4m3, 8, Major::kK, Major::kK, Swizzle::kBytes32>();
-    check<e4m3, 16, Major::kK, Major::kK, Swizzle::kNone>();
-    check<e4m3, 128, Major::kK, Major::kK, Swizzle::kBytes128, true>();
 }
 
 SIM_TEST(touched_a_register) {
@@ -103,7 +86,7 @@ SIM_TEST(touched_a_register) {
     for (int seed = 0; seed < 4; ++seed) {
         sim::set_seed(seed);
         const sim::Error error = error_of([&] {
-            launch(wgmma_sample<bf16, 64, Major::kK, Major::kK, Swizzle::kBytes128, true, true>,
+            launch(wgmma_sample<64, Major::kK, Major::kK, Swizzle::kBytes128, true, true>,
                    {"wgmma_sample", dim3(1), 128, 1, 2 * 64 * 128 + 8}, params);
         });
         expect(error.kind == "register use in flight", error.what());

@@ -13,6 +13,8 @@ Exit codes: 0 all is right, 1 not, 2 no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -24,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import gpu_kit
@@ -45,6 +48,7 @@ class Run:
         self.folder, self.device, self._work = folder, device, work
         self.records = Records(folder / "records.jsonl")
         self.log = folder / "log.txt"
+        self.clocks: Clocks | None = None
         self.groups: list[dict[str, Any]] = []
         self.probe_work = probe
         self._dumps = device == "cuda"
@@ -61,7 +65,7 @@ class Run:
         from fork_server import STICKY, run_forked
         from records import Child
 
-        began = time.monotonic()
+        began, began_at = time.monotonic(), time.time()
         end = min(deadline, began + group.seconds)
         entry: dict[str, Any] = {"group": group.name, "what": group.what, "status": "running"}
         self.groups.append(entry)
@@ -76,7 +80,7 @@ class Run:
                 lambda child=child: group.work(child),
                 log=self.log,
                 seconds=end - time.monotonic(),
-                stall=group.stall,
+                stall=group.stall or group.seconds,
                 heartbeat=self.records.path,
                 environment=environment,
                 # A rehearsal shares its few cores with whatever else runs there.
@@ -101,6 +105,8 @@ class Run:
                 status = f"{lost} children lost"
         entry |= {"status": status, "seconds": round(time.monotonic() - began, 1), "lost": lost}
         entry |= outcome(self.records.of("test", group.name), self.records.of("error", group.name))
+        if self.clocks is not None:
+            entry["clocks"] = self.clocks.between(began_at, time.time())
         if status == "ok" and (lost or entry.get("failed") or entry.get("errors") or entry.get("skipped")):
             entry["status"] = "failed"
         self.say(f"{group.name}: {report.group_line(entry)}")
@@ -201,15 +207,35 @@ def is_bad(entry: dict[str, Any]) -> bool:
 class Clocks:
     """nvidia-smi beside the run: clocks, power and temperature twice a second."""
 
-    FIELDS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu,clocks_event_reasons.active"
+    FIELDS = (
+        "timestamp",
+        "clocks.sm",
+        "power.draw",
+        "temperature.gpu",
+        "clocks_event_reasons.active",
+        "clocks.mem",
+    )
 
     def __init__(self, path: Path) -> None:
         program = shutil.which("nvidia-smi")
-        self._process = None
+        self._path, self._process = path, None
         if program is not None:
-            words = [program, f"--query-gpu={self.FIELDS}", "--format=csv,nounits", "--loop-ms=500", "--id=0"]
+            words = [program, f"--query-gpu={','.join(self.FIELDS)}", "--format=csv,noheader,nounits"]
             with path.open("w") as file:
+                words += ["--loop-ms=500", "--id=0"]
                 self._process = subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL)
+
+    def between(self, start: float, end: float) -> dict[str, float]:
+        """Medians of what was read from `start` to `end`, times as `time.time` gives them."""
+        rows = []
+        for row in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
+            cells = [cell.strip() for cell in row.split(",")]
+            with contextlib.suppress(ValueError):
+                when = datetime.datetime.strptime(cells[0], "%Y/%m/%d %H:%M:%S.%f").timestamp()
+                if start <= when <= end and len(cells) == len(self.FIELDS):
+                    rows.append([float(cell) for cell in cells[1:4]])
+        names = ("sm_mhz", "watts", "celsius")
+        return {name: median(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
 
     def stop(self) -> None:
         if self._process is not None:
@@ -326,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return rehearsal.run(args.out, Path(work), plan, head)
         run = Run(args.out or default_folder(machine), "cuda", Path(work))
-        clocks = Clocks(run.folder / "clocks.csv")
+        clocks = run.clocks = Clocks(run.folder / "clocks.csv")
         try:
             watched_tests.preload(gpu_plan.test_files(plan))
             budget = args.budget or gpu_plan.BUDGET
@@ -340,9 +366,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def default_folder(machine: dict[str, Any]) -> Path:
-    from records import RESULTS
+    from records import default_path
 
-    return RESULTS / f"{(machine['commit'] or 'unknown')[:10]}{'-dirty' if machine['dirty'] else ''}"
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    name = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    return default_path({**machine, "gpu": name}).with_suffix("")
 
 
 if __name__ == "__main__":

@@ -190,13 +190,12 @@ def step(child: Child, size: str) -> None:
     child.end(f"step {size}")
 
 
-def clip(child: Child, preset: str) -> None:
-    """Whole clips: load, set-up, three warm ones; no baseline, no fresh processes."""
+def clip(child: Child, preset: str, runs: int = 3) -> None:
+    """Whole clips: load, set-up, a first one and `runs` warm ones; no baseline, no fresh processes."""
     from magihuman_fast import benchmark
 
-    setting = benchmark.Setting(
-        (preset,), size="full" if child.on_gpu else "tiny", baseline=False, cold=False
-    )
+    size = "full" if child.on_gpu else "tiny"
+    setting = benchmark.Setting((preset,), size=size, runs=runs, baseline=False, cold=False)
     child.begin(f"clip {preset}")
     for found in benchmark.measure(setting, lambda text: print(text, flush=True)):
         child.add("fact", {f"clip {preset}": dataclasses.asdict(found)})

@@ -30,15 +30,15 @@ FAULTY_BUDGET = 260
 class Group:
     """A part of the run: a forked child with a limit, and another one behind whatever the first did not survive.
 
-    stall: seconds without a word after which a child counts as hung. dumps: ask a hanging kernel for a core (which
-    slows launches down: not where speed is measured).
+    stall: seconds without a word after which a child counts as hung; 0: all that it has. dumps: ask a hanging kernel
+    for a core (which slows launches down: not where speed is measured).
     """
 
     name: str
     seconds: float
     what: str
     work: Callable[[Child], None]
-    stall: float = 20
+    stall: float = 0
     dumps: bool = False
 
 
@@ -71,11 +71,6 @@ def timed(name: str, seconds: float, what: str, *builders: gpu_groups.Builder) -
     )
 
 
-def measured(name: str, seconds: float, what: str, work: Callable[[Child], None]) -> Group:
-    """One thing that may take all of its seconds without a word."""
-    return Group(name, seconds, what, work, stall=seconds)
-
-
 def attention_alone(tile: str) -> Group:
     name = "attention-" + re.sub(r"\W+", "-", tile)
     select = (
@@ -90,14 +85,14 @@ def conv_alone(tile: str) -> Group:
 
 
 PRODUCTS = (kernel_cases.gemm_cases, kernel_cases.fused_cases)
-DECODER = (decoder_cases.decode_window_cases, decoder_cases.decode_clip_cases, LAYERS_OF_DECODER)
+WINDOWS_OF_DECODER = (decoder_cases.decode_clip_cases, decoder_cases.decode_window_cases)
 POINTWISE = (
     r"test_pointwise.py|gpu_kernels.py::test_((rms_norm|embed|head|updates)\[.*256p|embed_text|advance_step)"
 )
 
 PLAN = (
-    Group("facts", 10, "machine, tools, packages", gpu_groups.facts),
-    Group("ceilings", 12, "copy, matrix product, L2", gpu_groups.ceilings),
+    Group("facts", 5, "machine, tools, packages", gpu_groups.facts),
+    Group("ceilings", 6, "copy, matrix product, L2", gpu_groups.ceilings),
     checked(
         "pointwise",
         12,
@@ -127,27 +122,28 @@ PLAN = (
         r"test_(picture|channel_norm|latent_pixels|four_phases)",
         r"test_channel_norm\[.*sim|test_channel_norm\[sim",
     ),
-    measured("self-check", 60, "info --check, as a user runs it", gpu_groups.self_check),
+    Group("self-check", 16, "info --check, as a user runs it", gpu_groups.self_check),
     checked(
         "self-check-tests",
-        40,
+        15,
         "the same check's cases, and a child of its own",
         "kernel_check kernel_trust",
         r"gpu",
-        stall=30,
+        stall=15,
     ),
     checked(
         "toy-models",
-        40,
+        28,
         "golden models and runs, replay against eager, streams",
         "ops kernel_dit step_graph turbo_vae_kernels gpu_context streams engine turbo_vae_gpu engine_gpu",
         r"test_(ops|kernel_dit|step_graph|turbo_vae_kernels|gpu_context|streams|engine)\.py"
         r"|captured_windows|changing_streams|work_beside",
         r"test_forward\[.*sim.*a_v2",
+        stall=20,  # one of them imports diffusers
     ),
     checked(
         "products-right-256p",
-        30,
+        10,
         "every product at 256p; capture; rows left alone",
         "gpu_kernels",
         r"test_products\[.*256p|test_rows_beyond|test_captured_products",
@@ -155,113 +151,120 @@ PLAN = (
     ),
     checked(
         "attention-right-256p",
-        15,
+        8,
         "attention at 256p and its extremes",
         "attention_gpu",
         r"test_(model_sizes\[256p|without_offsets|nan_stays|offsets_that|without_text|extreme|captured)",
     ),
     checked(
         "decoder-right-256p",
-        30,
+        12,
         "every layer, window and clip of the decoder at 256p",
         "turbo_vae_gpu",
         r"test_layers_on_a_gpu\[256p|test_parity_on_a_gpu\[256p|test_a_captured_window",
-        stall=15,
+        stall=10,
     ),
     checked(
         "model-256p",
-        25,
+        12,
         "the whole model at 256p: two prompts, replay against eager",
         "engine_gpu",
         r"test_any_text_on_one_graph\[(.*-)?256p.*distilled|test_any_text_on_one_graph\[distilled.*256p",
         r"test_any_text_on_one_graph\[.*distilled",
-        stall=30,
+        stall=12,
     ),
-    measured("step-256p", 25, "one step at 256p, kernel by kernel", partial(gpu_groups.step, size="256p")),
-    timed("products-256p", 20, "products at 256p, and cuBLAS", *PRODUCTS),
-    timed("attention-256p", 10, "attention at 256p, its tiles, cuDNN", ATTENTION),
-    timed("decoder-256p", 25, "a decode window, a clip, every layer, and cuDNN", *DECODER),
-    timed("pointwise-256p", 10, "norms, embedders, head, updates at 256p", kernel_cases.pointwise_cases),
+    Group("step-256p", 15, "one step at 256p, kernel by kernel", partial(gpu_groups.step, size="256p")),
+    timed("products-256p", 8, "products at 256p, and cuBLAS", *PRODUCTS),
+    timed("attention-256p", 5, "attention at 256p, its tiles, cuDNN", ATTENTION),
+    timed(
+        "decoder-256p",
+        20,
+        "a decode window, a clip, every layer, and cuDNN",
+        *WINDOWS_OF_DECODER,
+        LAYERS_OF_DECODER,
+    ),
+    timed("pointwise-256p", 5, "norms, embedders, head, updates at 256p", kernel_cases.pointwise_cases),
     checked(
         "products-right-1080p",
-        30,
+        12,
         "every product at 1080p",
         "gpu_kernels",
         r"test_products\[.*1080p",
-        stall=15,
+        stall=10,
     ),
     checked(
         "attention-right-1080p",
-        30,
+        12,
         "attention at 1080p, full and within the window",
         "attention_gpu",
         r"test_model_sizes\[1080p",
-        stall=15,
+        stall=10,
     ),
     checked(
         "decoder-right-1080p",
-        60,
+        24,
         "the decoder at 1080p, and its memory",
         "turbo_vae_gpu",
         r"test_layers_on_a_gpu\[1080p|test_parity_on_a_gpu\[1080p|test_peak_memory",
-        stall=30,
+        stall=20,
     ),
-    measured("clip-256p", 60, "whole clips of 256p", partial(gpu_groups.clip, preset="256p")),
-    timed("products-1080p", 30, "products at 1080p, and cuBLAS", *PRODUCTS),
-    timed("attention-1080p", 25, "attention at 1080p, full and within the window", ATTENTION, WINDOW),
-    timed("decoder-1080p", 40, "a decode window at 1080p", *DECODER),
+    Group("clip-256p", 40, "whole clips of 256p", partial(gpu_groups.clip, preset="256p")),
+    timed("products-1080p", 20, "products at 1080p, and cuBLAS", *PRODUCTS),
+    timed("attention-1080p", 30, "attention at 1080p, full and within the window", ATTENTION, WINDOW),
+    timed("decoder-1080p", 31, "a clip's decode at 1080p, a window, and cuDNN's", *WINDOWS_OF_DECODER),
     checked(
         "drift",
-        60,
+        35,
         "8 steps against float32",
         "engine_gpu",
         r"test_drift_of_a_whole_run\[(.*-)?256p",
-        stall=60,
+        stall=35,
     ),
-    measured("counters-gemm", 25, "what a product's warps wait for", partial(gpu_groups.counters, op="gemm")),
-    measured(
+    Group("counters-gemm", 12, "what a product's warps wait for", partial(gpu_groups.counters, op="gemm")),
+    Group(
         "counters-attention",
-        25,
+        12,
         "what attention's warps wait for",
         partial(gpu_groups.counters, op="gated_attention"),
     ),
-    measured(
+    Group(
         "counters-conv",
-        25,
+        12,
         "what a convolution's warps wait for",
         partial(gpu_groups.counters, op="conv_3x3"),
     ),
-    measured(
+    Group(
         "memcheck",
-        90,
+        15,
         "compute-sanitizer memcheck, every operation once",
         partial(gpu_groups.sanitize, name="memcheck"),
     ),
 )
 # For a second call, where all of that is green.
 SECOND = (
-    Group("ceilings", 12, "copy, matrix product, L2", gpu_groups.ceilings),
-    measured("clip-1080p", 200, "whole clips of 1080p", partial(gpu_groups.clip, preset="1080p")),
-    measured("step-1080p", 60, "one step at 1080p, kernel by kernel", partial(gpu_groups.step, size="1080p")),
-    measured("clip-540p", 100, "whole clips of 540p", partial(gpu_groups.clip, preset="540p")),
-    timed("products-540p", 30, "products at 540p, and cuBLAS", *PRODUCTS),
-    timed("attention-540p", 20, "attention at 540p, its tiles, cuDNN", ATTENTION),
-    timed("decoder-540p", 30, "a decode window at 540p", *DECODER),
-    measured(
+    Group("facts", 5, "machine, tools, packages", gpu_groups.facts),
+    Group("ceilings", 6, "copy, matrix product, L2", gpu_groups.ceilings),
+    Group("clip-1080p", 110, "whole clips of 1080p", partial(gpu_groups.clip, preset="1080p", runs=1)),
+    Group("step-1080p", 25, "one step at 1080p, kernel by kernel", partial(gpu_groups.step, size="1080p")),
+    Group("clip-540p", 45, "whole clips of 540p", partial(gpu_groups.clip, preset="540p", runs=1)),
+    timed("products-540p", 20, "products at 540p, and cuBLAS", *PRODUCTS),
+    timed("attention-540p", 12, "attention at 540p, its tiles, cuDNN", ATTENTION),
+    timed("decoder-540p", 20, "a clip's decode at 540p, a window, and cuDNN's", *WINDOWS_OF_DECODER),
+    Group(
         "racecheck",
-        120,
+        60,
         "compute-sanitizer racecheck, every operation once",
         partial(gpu_groups.sanitize, name="racecheck"),
     ),
-    measured(
+    Group(
         "synccheck",
-        90,
+        60,
         "compute-sanitizer synccheck, every operation once",
         partial(gpu_groups.sanitize, name="synccheck"),
     ),
     checked(
         "others",
-        200,
+        90,
         "540p, 1080p norms, memory as planned, many clips, threads",
         "engine_gpu gpu_kernels attention_gpu turbo_vae_gpu",
         r"\[.*540p|test_(rms_norm|embed|head|updates)\[.*1080p|windowed|test_(memory_is|many_clips|two_threads)",

@@ -97,7 +97,14 @@ TARGETS = (
 def load(folder: Path) -> list[dict[str, Any]]:
     """Every run's record in `folder`, the oldest first; rehearsals measure nothing and are left out."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/record.json"))]
-    return sorted((r for r in records if not r["rehearsal"]), key=lambda r: str(r["machine"]["date"]))
+    for record in records:
+        # A run of few groups may have described its machine only beside what it measured.
+        described = (
+            value["machine"] for fact in record["facts"] for value in fact.values() if "machine" in value
+        )
+        if "gpu" not in record["machine"]:
+            record["machine"] = next(described, {}) | record["machine"]
+    return sorted((r for r in records if not r["rehearsal"]), key=lambda r: str(r["machine"].get("date")))
 
 
 def results_of(record: dict[str, Any]) -> list[Result]:
@@ -133,9 +140,18 @@ def row(result: Result, record: dict[str, Any]) -> tuple[str, ...]:
     return (result.op, result.shape, *numbers, judged or "-", where(record))
 
 
-def unmeasured_row(op: str) -> tuple[str, ...]:
+def unmeasured_row(op: str, run: str) -> tuple[str, ...]:
     targets = "; ".join(dict.fromkeys(t.text() for t in TARGETS if re.fullmatch(t.op, op)))
-    return (op, "-", *["-"] * 5, targets or "-", NOT_RUN)
+    return (op, "-", *["-"] * 5, targets or "-", run)
+
+
+def tested(op: str, records: Sequence[dict[str, Any]]) -> str:
+    """Of an operation that was not timed: whether a run's tests of it passed."""
+    for record in reversed(records):
+        mine = [test["outcome"] for test in record["tests"] if f"test_{op}" in test.get("test", "")]
+        if mine and set(mine) == {"passed"}:
+            return f"right, not timed: {where(record)}"
+    return NOT_RUN
 
 
 def markdown(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
@@ -161,7 +177,7 @@ def kernel_table(records: Sequence[dict[str, Any]], root: Path = ROOT) -> str:
             *cells, run = row(result, record)
             changed = changed_files(files, record["sources"], now)
             own.append((*cells, f"{run}; changed since" if changed else run))
-        rows += own or [unmeasured_row(op)]
+        rows += own or [unmeasured_row(op, tested(op, records))]
     return markdown(rows)
 
 
@@ -171,7 +187,7 @@ def stale(records: Sequence[dict[str, Any]], root: Path = ROOT) -> dict[str, str
     runs = {op: record for record in records for op, _ in latest([record])}
     for op, files in operations(root).items():
         if op not in runs:
-            found[op] = NOT_RUN
+            found[op] = tested(op, records)
             continue
         changed = changed_files(files, runs[op]["sources"], now)
         if changed:
@@ -217,6 +233,34 @@ def failures(record: dict[str, Any]) -> list[str]:
     """One line for each failed test: what it said last."""
     failed = [test for test in record["tests"] if test.get("outcome") == "failed"]
     return [f"FAILED {test['test']}: {' '.join(test['message'].split())[-200:]}" for test in failed]
+
+
+CLIP_STAGES = ("denoise", "super_resolution", "decode", "sound")
+
+
+def clip_table(records: Sequence[dict[str, Any]]) -> str:
+    """The newest clips of each preset, in seconds, and the newest step of each size, in milliseconds."""
+    clips: dict[str, tuple[str, ...]] = {}
+    for record in records:
+        for fact in record["facts"]:
+            for name, found in fact.items():
+                if name.startswith("clip "):
+                    stages = [
+                        f"{found['stages'][s]:.3f}" if s in found["stages"] else "-" for s in CLIP_STAGES
+                    ]
+                    cells = (f"{found['after_text']:.3f}", *stages, f"{found['first']:.2f}")
+                    clips[name] = (
+                        name.removeprefix("clip "),
+                        *cells,
+                        f"{found['peak_bytes'] / 1e9:.1f}",
+                        where(record),
+                    )
+                elif name.startswith("step "):
+                    seconds = sum(launch["seconds"] + launch["gap"] for launch in found["launches"])
+                    row = (f"one step, {name.removeprefix('step ')}", f"{1e3 * seconds:.1f} ms")
+                    clips[name] = (*row, *["-"] * 6, where(record))
+    header = ("clip", "after text", *CLIP_STAGES, "first clip", "peak GB", "run")
+    return markdown(list(clips.values()), header)
 
 
 def baseline_table(records: Sequence[dict[str, Any]]) -> str:
@@ -272,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = load(args.results)
     print(kernel_table(records))
     if not args.markdown:
+        print(f"\nWhole clips and steps:\n\n{clip_table(records)}")
         if any(record["results"] for record in records):
             print(f"\nBaselines:\n\n{baseline_table(records)}")
         out_of_date = stale(records)

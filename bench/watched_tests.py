@@ -111,6 +111,8 @@ def run(child: Child, files: Sequence[Path], select: str, marker: str) -> None:
 
 def preload(files: Sequence[Path]) -> None:
     """Import the tests once, in the parent, so that children begin in milliseconds."""
+    if not files:  # pytest would take all that there are
+        return
     code = pytest.main(["-qq", "--collect-only", "--no-header", "-p", "no:cacheprovider", *map(str, files)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise SystemExit(f"the tests cannot be collected: pytest's exit code {int(code)}")

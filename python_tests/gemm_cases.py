@@ -209,13 +209,16 @@ def _activate(kind: str, u: torch.Tensor) -> torch.Tensor:
 def expected(p: Problem, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """The live rows of every output, unrounded at the end, computed in `dtype` with the kernels' one inner rounding.
 
-    With float64 this is the truth; with float32 it is the computation in PyTorch as the model does it.
+    With float64 this is the truth; with float32 it is the computation in PyTorch as the model does it: on a GPU with
+    cuBLAS's bfloat16 product, whose sums the tensor cores take as they take the kernels'.
     """
     t, bounds = p.tensors, [0, *torch.tensor(p.rows).cumsum(0).tolist()]
     parts = []
     for g, (a, b) in enumerate(pairwise(bounds)):
-        left, right = t["a"][a:b, : p.k].to(dtype), t["w"][g * p.n : (g + 1) * p.n, : p.k].to(dtype)
-        parts.append(left @ right.T)
+        left, right = t["a"][a:b, : p.k], t["w"][g * p.n : (g + 1) * p.n, : p.k]
+        if p.device == "cpu" or dtype == torch.float64:
+            left, right = left.to(dtype), right.to(dtype)
+        parts.append((left @ right.T).to(dtype))
     product = _round(torch.cat(parts), dtype)
     if p.kind == "gemm":
         return {"d": product}
@@ -330,8 +333,9 @@ def check(
         require_finite(name, got, **more)
         bound = rounding_bound(ref)
         error, allowed = (got.double() - ref).norm(), (baseline[name].double() - ref).norm()
-        # A sum in another order may round the product the other way: one unit of bf16, 2^-8 of its size, for the few.
-        limit = 2 * allowed + 2.0**-12 * ref.norm()
+        # A sum in another order may round the product the other way: one unit of bf16, 2^-8 of its size, for the few,
+        # and where there are few elements (gates) for one of them.
+        limit = 2 * allowed + 2.0**-12 * ref.norm() + 2.0**-8 * ref.abs().max()
         says = "has an error over twice PyTorch's"
         require_at_most(name, error, limit, says=says, got=got, ref=ref, bound=bound, **more)
         require_close(name, got, ref, bound, says="is off by more than rounding explains", **more)

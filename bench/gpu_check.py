@@ -179,10 +179,12 @@ def probe(device: str) -> None:
 
 
 def last_line(path: Path) -> str:
+    """What was said last, before Python told of its own end."""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2000))
-        lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1][:300] if lines else ""
+        file.seek(max(0, path.stat().st_size - 20_000))
+        said = file.read().decode("utf-8", "replace")
+    lines = said.rpartition("Fatal Python error")[0].strip() or said.strip()
+    return lines.rpartition("\n")[2][:300]
 
 
 def outcome(tests: Sequence[dict[str, Any]], errors: Sequence[dict[str, Any]]) -> dict[str, Any]:

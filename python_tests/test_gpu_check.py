@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import core_dump
 import fork_server
 import gpu_check
 import gpu_kit
@@ -124,6 +125,56 @@ def test_without_a_gpu_it_says_so_in_one_line(
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     assert gpu_check.main([]) == 2
     assert capsys.readouterr().out == "gpu_check: nothing to do, a Hopper GPU is needed: no nvidia-smi\n"
+
+
+def test_another_build_is_timed_beside_this_one(tmp_path: Path) -> None:
+    plan = gpu_plan.beside(gpu_plan.PLAN, tmp_path / "before")
+    names = [group.name for group in plan]
+    at = names.index("products-256p")
+    assert names[at + 1] == "products-256p-before"
+    assert {n for n in names if n.endswith("-before")} == {
+        f"{kind}-256p-before" for kind in ("products", "attention", "decoder", "pointwise")
+    }
+    assert [n for n in names if not n.endswith("-before")] == [group.name for group in gpu_plan.PLAN]
+    records = Records(tmp_path / "records.jsonl")
+    plan[at + 1].work(Child("group", records, tmp_path / "tensors.pt", device="cpu"))
+    assert {found["variant"] for found in records.of("result")} == {"kernel, before"}
+
+
+def test_the_last_line_is_not_pythons_own(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "--- one\n--- two\nFatal Python error: Aborted\n\nCurrent thread:\nExtension modules: numpy\n"
+    )
+    assert gpu_check.last_line(log) == "--- two"
+    log.write_text("--- one\n--- three\n")
+    assert gpu_check.last_line(log) == "--- three"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_core_is_asked_for_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a driver and a debugger that are shell scripts."""
+    assert core_dump.trigger(tmp_path) == "no pipe: ENOENT"
+    os.mkfifo(tmp_path / "pipe")
+    assert core_dump.trigger(tmp_path) == "no pipe: ENXIO"
+    driver = subprocess.Popen(
+        ["sh", "-c", f"head -c 1 {tmp_path}/pipe >{tmp_path}/asked; echo x >{tmp_path}/core"]
+    )
+    while (reason := core_dump.trigger(tmp_path)) == "no pipe: ENXIO":  # until it has opened its end
+        time.sleep(0.01)
+    assert reason is None
+    assert driver.wait() == 0
+    debugger = tmp_path / "cuda-gdb"
+    debugger.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    debugger.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    reader = core_dump.start_reading(tmp_path)
+    assert not isinstance(reader, str)
+    said = core_dump.finish_reading(reader, tmp_path, tmp_path / "hangs.txt", "the kernel")
+    assert said.startswith("cuda-gdb: exit code 0")
+    text = (tmp_path / "hangs.txt").read_text()
+    assert text.startswith("===== the kernel\n-batch\n")
+    assert f"target cudacore {tmp_path / 'core'}" in text
 
 
 # --- forked children ------------------------------------------------------------------------------------------

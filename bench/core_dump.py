@@ -84,14 +84,16 @@ def start_reading(folder: Path) -> subprocess.Popen[bytes] | str:
         return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
-def finish_reading(reader: subprocess.Popen[bytes], folder: Path, text: Path, title: str) -> str:
-    """Append what was told to `text`; in words what came of it."""
+def finish_reading(
+    reader: subprocess.Popen[bytes], folder: Path, text: Path, title: str, seconds: float = READ_SECONDS
+) -> str:
+    """Append what was told to `text`, waiting for so long; in words what came of it."""
     try:
-        reader.wait(timeout=READ_SECONDS)
+        reader.wait(timeout=seconds)
         how = f"cuda-gdb: exit code {reader.returncode}"
     except subprocess.TimeoutExpired:
         reader.kill()
-        how = f"cuda-gdb took over {READ_SECONDS:.0f} s"
+        how = "cuda-gdb took too long"
     said = (folder / "said").read_text(encoding="utf-8", errors="replace")[:MAX_TEXT]
     with text.open("a", encoding="utf-8") as file:
         file.write(f"===== {title}\n{said}\n")

@@ -72,7 +72,7 @@ def run_forked(
     """Run `work` in a child, its output appended to `log`.
 
     `stall`: seconds without growth of the file `heartbeat` after which the child counts as hung. `before_kill` is
-    called with the pid of a child that is to be killed. `threads`: that torch computes on in the child.
+    called with the pid of a child that hangs, before it is killed. `threads`: that torch computes on in the child.
     """
     began = time.monotonic()
     sys.stdout.flush()
@@ -82,8 +82,9 @@ def run_forked(
         _be_child(work, log, environment or {}, threads)
     try:
         how = _watch(pid, began + seconds, stall, heartbeat)
-        if how in ("hung", "out of time"):
-            before_kill(pid)
+        if how == "hung":
+            with contextlib.suppress(Exception):  # evidence is welcome, and no condition
+                before_kill(pid)
     finally:
         bury(pid)
     return Ended(how, time.monotonic() - began)
@@ -110,10 +111,12 @@ def _be_child(work: Callable[[], object], log: Path, environment: Mapping[str, s
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # No clean-up: exit handlers belong to the parent, and a broken context would make them fail.
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            # No clean-up: exit handlers belong to the parent, and a broken context would make them fail.
+            os._exit(code)
 
 
 def _watch(pid: int, deadline: float, stall: float, heartbeat: Path) -> str:

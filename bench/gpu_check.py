@@ -7,7 +7,7 @@
 Each group of the plan (`gpu_plan.py`) runs in a forked child with a limit of its own; whatever hangs or crashes is
 named, probed, and left behind. DIR gets at most 8 files: record.json, records.jsonl (as found), log.txt (everything
 said), tensors.pt (of failed comparisons), hangs.txt (where kernels hung), clocks.csv.
-Exit codes: 0 all is right, 1 not, 2 no GPU.
+Exit codes: 0 all is right, 1 not, 2 no GPU, 3 what ran is right and time has cut off the rest.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Run:
             self.records.mend()
             if ended.how.startswith(("signal", "exit")) and (dump / "core").exists():
                 self._read(dump, group.name)  # of an exception
-            is_open = self.records.open_step(group.name)
+            is_open = self.records.lose(group.name)
             if ended.how == "ok" or (ended.how == "exit code 1" and is_open is None):
                 status = "ok" if ended.how == "ok" else "failed"
                 break
@@ -101,13 +101,13 @@ class Run:
             self.probe(group.name)
             if how == "out of time" or end - time.monotonic() < MIN_SECONDS:
                 status = "out of time"
-            elif lost >= MAX_CHILDREN or is_open is None or is_open in skip:
+            elif lost >= MAX_CHILDREN or is_open is None:
                 status = f"{lost} children lost"
         entry |= {"status": status, "seconds": round(time.monotonic() - began, 1), "lost": lost}
         entry |= outcome(self.records.of("test", group.name), self.records.of("error", group.name))
         if self.clocks is not None:
             entry["clocks"] = self.clocks.between(began_at, time.time())
-        if status == "ok" and (lost or entry.get("failed") or entry.get("errors") or entry.get("skipped")):
+        if status == "ok" and (lost or any(map(entry.get, ("failed", "errors", "skipped", "not ended")))):
             entry["status"] = "failed"
         self.say(f"{group.name}: {report.group_line(entry)}")
         return entry
@@ -166,8 +166,10 @@ class Run:
         """Collect what was told of the cores."""
         import core_dump
 
+        deadline = time.monotonic() + core_dump.READ_SECONDS
         for reader, dump, group, title in self._readers:
-            said = core_dump.finish_reading(reader, dump, self.folder / "hangs.txt", title)
+            seconds = max(0, deadline - time.monotonic())
+            said = core_dump.finish_reading(reader, dump, self.folder / "hangs.txt", title, seconds)
             self.records.add(group, "fact", {"core dump": said, "of": title})
 
 
@@ -310,10 +312,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     facts: dict[str, Any] = {}
     manifest: dict[str, Any] = {}
+    from sources import digests
+
     if args.kit is not None:
         gpu_kit.add_packages(args.kit)
         facts = gpu_kit.install(args.kit)
         manifest = json.loads((args.kit / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["sources"] != digests(gpu_kit.ROOT):
+            raise SystemExit("the kit is not made of these sources: make gpu-kit")
     if not args.rehearse and shutil.which("nvidia-smi") is None:
         print("gpu_check: nothing to do, a Hopper GPU is needed: no nvidia-smi")
         return 2
@@ -328,7 +334,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     import gpu_plan
     import report
     import watched_tests
-    from sources import digests
     from timing import describe_commit
 
     # As an exception, so that the child that runs is ended with this script instead of keeping the GPU busy.
@@ -364,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             clocks.stop()
         print(report.summary(record))
-    return 1 if any(map(is_bad, record["groups"])) else 0
+    if any(map(is_bad, record["groups"])):
+        return 1
+    return 3 if any(entry["status"] != "ok" for entry in record["groups"]) else 0
 
 
 def default_folder(machine: dict[str, Any]) -> Path:

@@ -55,7 +55,8 @@ def setting_of(child: Child, size: str) -> Setting:
 
 def facts(child: Child) -> None:
     """The machine, and which tools and packages are there."""
-    child.begin("machine")
+    if not child.begin("machine"):
+        return
     if child.on_gpu:
         torch.zeros(1, device="cuda")
     child.add("fact", {"machine": describe_machine()})
@@ -70,15 +71,24 @@ def facts(child: Child) -> None:
 
 def ceilings(child: Child) -> None:
     """Copy, matrix product, and what L2 gives when all multiprocessors ask."""
-    child.begin("copy and product")
-    found = measure_ceilings(child.device)
-    child.add("ceilings", {**dataclasses.asdict(found), "state": gpu_state()})
-    print(found, flush=True)
-    child.end("copy and product")
-    probe = gpu_kit.KIT / gpu_kit.PROBE
+    if child.begin("copy and product"):
+        found = measure_ceilings(child.device)
+        child.add("ceilings", {**dataclasses.asdict(found), "state": gpu_state()})
+        print(found, flush=True)
+        child.end("copy and product")
     if child.on_gpu and child.begin("L2"):
-        child.add("fact", {"l2": l2_throughput(probe)})
+        with tempfile.TemporaryDirectory() as folder:
+            child.add("fact", {"l2": l2_throughput(probe_library(Path(folder)))})
         child.end("L2")
+
+
+def probe_library(folder: Path) -> Path:
+    """The kit's probe of L2, or without a kit one compiled into `folder`."""
+    probe = gpu_kit.KIT / gpu_kit.PROBE
+    if not probe.is_file():
+        probe = folder / gpu_kit.PROBE
+        subprocess.run(list(map(str, gpu_kit.probe_command(probe))), check=True)
+    return probe
 
 
 def l2_throughput(library: Path) -> list[dict[str, float]]:
@@ -134,14 +144,9 @@ def timed(child: Child, builders: Sequence[Builder], size: str, other: Path | No
             subject = dataclasses.replace(case.variants[0], name=f"kernel, {other.name}")
             case = dataclasses.replace(case, variants=(subject,))
         if child.begin(step):
-            run_case(
-                case,
-                child.device,
-                limits,
-                child.result,
-                failing(child, case),
-                **(BRIEF if child.on_gpu else QUICK),
-            )
+            options: dict[str, Any] = dict(BRIEF if child.on_gpu else QUICK)
+            told = failing(child, case)
+            run_case(case, child.device, limits, child.result, told, at_once=child.record, **options)
             child.end(step)
     child.add("fact", {"state": gpu_state()})
 
@@ -182,7 +187,8 @@ def step(child: Child, size: str) -> None:
     """One captured step, kernel by kernel."""
     import bench_step
 
-    child.begin(f"step {size}")
+    if not child.begin(f"step {size}"):
+        return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "step.json"
         bench_step.main(["--clip", size, "--out", str(out)])
@@ -196,7 +202,8 @@ def clip(child: Child, preset: str, runs: int = 3) -> None:
 
     size = "full" if child.on_gpu else "tiny"
     setting = benchmark.Setting((preset,), size=size, runs=runs, baseline=False, cold=False)
-    child.begin(f"clip {preset}")
+    if not child.begin(f"clip {preset}"):
+        return
     for found in benchmark.measure(setting, lambda text: print(text, flush=True)):
         child.add("fact", {f"clip {preset}": dataclasses.asdict(found)})
     child.end(f"clip {preset}")
@@ -204,7 +211,8 @@ def clip(child: Child, preset: str, runs: int = 3) -> None:
 
 def decoder_quality(child: Child, size: str, latent_frames: int) -> None:
     """The decoder's frames against float32."""
-    child.begin(f"decoder {size}")
+    if not child.begin(f"decoder {size}"):
+        return
     s = setting_of(child, size)
     found = decoder_cases.decoder_quality(s, latent_frames if child.on_gpu else 2)
     child.add("fact", {f"decoder, {size}": found})
@@ -213,7 +221,8 @@ def decoder_quality(child: Child, size: str, latent_frames: int) -> None:
 
 def self_check(child: Child) -> None:
     """The package's own check of its kernels, as a user runs it; its answer is kept for what comes after."""
-    child.begin("info --check")
+    if not child.begin("info --check"):
+        return
     words = [sys.executable, "-m", "magihuman_fast", "info", "--json", *(["--check"] if child.on_gpu else [])]
     done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
@@ -238,7 +247,8 @@ def tool(name: str) -> str | None:
 
 def sanitize(child: Child, name: str) -> None:
     """compute-sanitizer over one launch of every operation."""
-    child.begin(name)
+    if not child.begin(name):
+        return
     if not child.on_gpu:
         small_operations("cpu")
         child.add("fact", {name: "not run: no GPU"})
@@ -262,7 +272,8 @@ SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Schedul
 
 def counters(child: Child, op: str) -> None:
     """What a kernel's warps wait for, by Nsight Compute's counters; clocks are left as they are."""
-    child.begin(f"counters {op}")
+    if not child.begin(f"counters {op}"):
+        return
     if not child.on_gpu:
         launch_twice(op, "cpu")
         child.add("fact", {f"counters {op}": "not run: no GPU"})

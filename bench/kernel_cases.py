@@ -93,8 +93,20 @@ class Case:
     on_host: bool = False  # the call itself waits for the device
 
 
-def run_case(case: Case, device: str, ceilings: Ceilings, emit: Emit, fail: Fail, **options: Any) -> None:
-    """Time every variant of a case. One that raises is reported to `fail`; the others are timed all the same."""
+def run_case(
+    case: Case,
+    device: str,
+    ceilings: Ceilings,
+    emit: Emit,
+    fail: Fail,
+    *,
+    at_once: Emit | None = None,
+    **options: Any,
+) -> None:
+    """Time every variant of a case. One that raises is reported to `fail`; the others are timed all the same.
+
+    `at_once`: told of each result as soon as it is there, which is before it has been compared.
+    """
     results: list[Result] = []
     touched = case.nbytes if case.footprint is None else case.footprint
     if case.on_host:
@@ -110,6 +122,8 @@ def run_case(case: Case, device: str, ceilings: Ceilings, emit: Emit, fail: Fail
             case.op, case.shape, variant.name, timing, case.flops, case.nbytes, device, note=case.note
         )
         results.append(result.with_peak(ceilings))
+        if at_once is not None:
+            at_once(results[-1])
         if device != "cpu":
             torch.cuda.empty_cache()
     if len(results) > 1 and results[0].variant == case.variants[0].name:

@@ -86,15 +86,24 @@ class Records:
         for line in self.lines():
             if line["kind"] in KINDS:
                 found[KINDS[line["kind"]]].append({"group": line["group"], **line["value"]})
-        return found
+        # A kernel's time is told at once, and again with its baseline's: the later one counts.
+        results = {tuple(r[key] for key in ("group", "op", "shape", "variant")): r for r in found["results"]}
+        return found | {"results": list(results.values())}
 
     def begun_steps(self, group: str) -> list[str]:
         return [value["step"] for value in self.of("step", group) if value["event"] == "begin"]
 
     def open_step(self, group: str) -> str | None:
-        """The step that a group has begun and not ended."""
+        """The step that a group has begun and neither ended nor lost."""
         steps = self.of("step", group)
         return steps[-1]["step"] if steps and steps[-1]["event"] == "begin" else None
+
+    def lose(self, group: str) -> str | None:
+        """Close the step that a child did not survive; its name."""
+        step = self.open_step(group)
+        if step is not None:
+            self.add(group, "step", {"event": "lost", "step": step})
+        return step
 
 
 class Child:
@@ -129,9 +138,12 @@ class Child:
     def end(self, step: str) -> None:
         self.add("step", {"event": "end", "step": step})
 
+    def record(self, result: Result) -> None:
+        self.add("result", result.to_dict())
+
     def result(self, result: Result) -> None:
         print(result.line(), flush=True)
-        self.add("result", result.to_dict())
+        self.record(result)
 
     def error(self, op: str, shape: str, variant: str, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}".strip()[:2000]

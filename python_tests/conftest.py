@@ -6,6 +6,7 @@ import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernel_findings import Checks
 from magihuman_fast import kernel_trust, loading, ops
@@ -60,8 +61,10 @@ def kernel_checks(kernel_cache: Path, made_for: dict[str, str], monkeypatch: pyt
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a Hopper GPU where there is none, with the reason."""
+    """Skip what needs a Hopper GPU where there is none, with the reason; there, let PyTorch compute as it says."""
     if item.get_closest_marker("gpu") is not None:
         reason = ops.gpu_unavailable()
         if reason is not None:
             pytest.skip(f"the kernels cannot run: {reason}")
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -9,7 +10,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +22,10 @@ import fork_server
 import gpu_check
 import gpu_kit
 import gpu_plan
+import kernel_cases
 import report
 from records import Child, Records
+from timing import Ceilings
 
 BENCH = Path(gpu_check.__file__).parent
 # Every package that a bare GPU machine lacks; those in the kit are there from it.
@@ -139,6 +144,60 @@ def test_another_build_is_timed_beside_this_one(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
     plan[at + 1].work(Child("group", records, tmp_path / "tensors.pt", device="cpu"))
     assert {found["variant"] for found in records.of("result")} == {"kernel, before"}
+
+
+def test_what_becomes_of_a_group(tmp_path: Path) -> None:
+    """Of one that loses a child in a step, before any, or fails without a step; and of what no time is left for."""
+
+    def loses_one(child: Child) -> None:
+        if child.begin("deadly"):
+            os._exit(5)
+        child.begin("harmless")
+        child.end("harmless")
+
+    def fails(child: Child) -> None:
+        raise ValueError("without a step")
+
+    works: dict[str, Callable[[Child], None]] = {
+        "loses": loses_one,
+        "early": lambda _: os._exit(6),
+        "fails": fails,
+    }
+    plan = [gpu_plan.Group(name, 30, name, work) for name, work in works.items()]
+    run = gpu_check.Run(tmp_path / "out", "cpu", tmp_path)
+    head: dict[str, Any] = {"rehearsal": True, "machine": {}, "sources": {}}
+    record = gpu_check.check(plan, run, budget=60, faulty=60, head=head)
+    assert [(g["group"], g["status"]) for g in record["groups"]] == [
+        ("loses", "failed"),
+        ("early", "1 children lost"),
+        ("fails", "failed"),
+    ]
+    faults = [(f["group"], f["how"], f["step"]) for f in record["faults"]]
+    assert faults == [("loses", "exit code 5", "deadly"), ("early", "exit code 6", None)]
+    assert json.loads((tmp_path / "out" / "record.json").read_text()) == record
+    late = gpu_check.Run(tmp_path / "late", "cpu", tmp_path)
+    record = gpu_check.check(plan[:1], late, budget=0, faulty=0, head=head)
+    assert [g["status"] for g in record["groups"]] == ["left out: no time left"]
+
+
+def test_a_kernels_time_is_kept_before_its_baselines(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl")
+    child = Child("group", records, tmp_path / "tensors.pt", device="cpu")
+    case = next(kernel_cases.gemm_cases(kernel_cases.TINY))
+
+    def die() -> Any:
+        raise SystemExit("a baseline that takes the child with it")
+
+    case = dataclasses.replace(case, variants=(case.variants[0], kernel_cases.Variant("deadly", die)))
+    quick: dict[str, Any] = {"laps": 1, "lap_seconds": 0, "max_seconds": 0}
+    with pytest.raises(SystemExit):
+        kernel_cases.run_case(
+            case, "cpu", Ceilings(1, 1, ""), child.result, child.error, at_once=child.record, **quick
+        )
+    assert [r["variant"] for r in records.collected()["results"]] == ["reference"]
+    # Told again with its ratio it is still one result.
+    child.add("result", records.of("result")[0] | {"speedup": 2.0})
+    assert [r["speedup"] for r in records.collected()["results"]] == [2.0]
 
 
 def test_the_last_line_is_not_pythons_own(tmp_path: Path) -> None:

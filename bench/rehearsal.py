@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-import gpu_check
 import gpu_plan
 import report
 import watched_tests
-from gpu_check import Run, check
 from gpu_plan import Group
+from gpu_run import Run, check, probe
 from records import Child
 
 BUDGET = 400
@@ -62,7 +61,7 @@ def failing_once(flag: Path, device: str) -> None:
     if not flag.exists():
         flag.touch()
         raise RuntimeError("planted: the device does not answer")
-    gpu_check.probe(device)
+    probe(device)
 
 
 def missing(record: dict[str, Any], plan: Sequence[Group]) -> Iterator[str]:

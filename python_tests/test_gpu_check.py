@@ -22,6 +22,7 @@ import fork_server
 import gpu_check
 import gpu_kit
 import gpu_plan
+import gpu_run
 import kernel_cases
 import report
 from records import Child, Records
@@ -82,7 +83,7 @@ def test_clocks_of_a_group(tmp_path: Path) -> None:
     rows = ["2026/01/02 03:04:05.250, 1980, 200.5, 40, 0x0000000000000000, 3201"]
     rows += ["2026/01/02 03:04:06.250, 1500, 700.0, 60, 0x0000000000000004, 3201", "cut off, 1"]
     (tmp_path / "clocks.csv").write_text("\n".join(rows))
-    clocks = gpu_check.Clocks.__new__(gpu_check.Clocks)
+    clocks = gpu_run.Clocks.__new__(gpu_run.Clocks)
     clocks._path = tmp_path / "clocks.csv"
     second = datetime.datetime(2026, 1, 2, 3, 4, 6).timestamp()
     assert clocks.between(second, second + 1) == {"sm_mhz": 1500, "watts": 700, "celsius": 60}
@@ -164,9 +165,9 @@ def test_what_becomes_of_a_group(tmp_path: Path) -> None:
         "fails": fails,
     }
     plan = [gpu_plan.Group(name, 30, name, work) for name, work in works.items()]
-    run = gpu_check.Run(tmp_path / "out", "cpu", tmp_path)
+    run = gpu_run.Run(tmp_path / "out", "cpu", tmp_path)
     head: dict[str, Any] = {"rehearsal": True, "machine": {}, "sources": {}}
-    record = gpu_check.check(plan, run, budget=60, faulty=60, head=head)
+    record = gpu_run.check(plan, run, budget=60, faulty=60, head=head)
     assert [(g["group"], g["status"]) for g in record["groups"]] == [
         ("loses", "failed"),
         ("early", "1 children lost"),
@@ -175,8 +176,8 @@ def test_what_becomes_of_a_group(tmp_path: Path) -> None:
     faults = [(f["group"], f["how"], f["step"]) for f in record["faults"]]
     assert faults == [("loses", "exit code 5", "deadly"), ("early", "exit code 6", None)]
     assert json.loads((tmp_path / "out" / "record.json").read_text()) == record
-    late = gpu_check.Run(tmp_path / "late", "cpu", tmp_path)
-    record = gpu_check.check(plan[:1], late, budget=0, faulty=0, head=head)
+    late = gpu_run.Run(tmp_path / "late", "cpu", tmp_path)
+    record = gpu_run.check(plan[:1], late, budget=0, faulty=0, head=head)
     assert [g["status"] for g in record["groups"]] == ["left out: no time left"]
 
 
@@ -205,9 +206,9 @@ def test_the_last_line_is_not_pythons_own(tmp_path: Path) -> None:
     log.write_text(
         "--- one\n--- two\nFatal Python error: Aborted\n\nCurrent thread:\nExtension modules: numpy\n"
     )
-    assert gpu_check.last_line(log) == "--- two"
+    assert gpu_run.last_line(log) == "--- two"
     log.write_text("--- one\n--- three\n")
-    assert gpu_check.last_line(log) == "--- three"
+    assert gpu_run.last_line(log) == "--- three"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")

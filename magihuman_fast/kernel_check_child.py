@@ -69,6 +69,9 @@ from magihuman_fast.kernel_check_child import serve
 serve(job)
 """
 
+# Of the child: above all of torch's settings, NVIDIA's libraries obey this one.
+ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
+
 
 def child_command(job: dict[str, Any]) -> list[str]:
     """Whoever embeds Python names its interpreter to `multiprocessing.set_executable`; else it is sys.executable."""
@@ -102,6 +105,7 @@ def _one_child(job: dict[str, Any], limits: Limits, end: float) -> tuple[list[Fi
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=said,
+                env=os.environ | ENVIRONMENT,
                 start_new_session=True,
             )
         except OSError as error:
@@ -201,7 +205,21 @@ def serve(job: dict[str, Any]) -> None:
     faulthandler.dump_traceback_later(job["seconds"], exit=True)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # libraries that print must not be taken for answers
+    _compute_exactly()
     check_in_turn(job["kernels"], torch.device(job["device"]), job["backend"], answers)
+
+
+def _compute_exactly() -> None:
+    """Have PyTorch compute in the precision of its tensors, whatever the environment and start-up code have set.
+
+    Torch refuses to compute where its older settings and its newer ones (`fp32_precision`) contradict one another, so
+    both are set. The older setting of matrix products sets the newer one too; that of convolutions leaves it as it is.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def check_in_turn(

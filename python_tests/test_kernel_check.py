@@ -229,6 +229,51 @@ def verdicts(findings: list[Finding]) -> list[str]:
     return [finding.verdict for finding in findings]
 
 
+# Tells, as a kernel's detail, how PyTorch would compute what kernels are held to.
+SETTINGS = """\
+import json, os, sys
+import torch
+{before}
+job = json.loads(sys.argv[1])
+sys.path[:] = job["path"]
+from magihuman_fast import kernel_check, kernel_check_child
+
+def settings(name, device, backend):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return kernel_check_child.Finding(name, "right", json.dumps([
+        torch.get_float32_matmul_precision(),
+        matmul.allow_tf32,
+        matmul.fp32_precision,
+        matmul.allow_bf16_reduced_precision_reduction,
+        cudnn.allow_tf32,
+        cudnn.conv.fp32_precision,
+        os.environ["NVIDIA_TF32_OVERRIDE"],
+    ]))
+
+kernel_check.run_in_pytorch = lambda *args: None
+kernel_check_child.check_kernel = settings
+kernel_check_child.serve(job)
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.fp32_precision = torch.backends.cudnn.fp32_precision = 'tf32'",
+    ],
+)
+def test_kernels_are_held_to_exact_products(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What containers set must not make the reference inexact: it would seem to be the kernel."""
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    program(monkeypatch, SETTINGS.format(before=before))
+    (found,) = check_in_children(["head"], CPU, "sim", PATIENT)
+    assert json.loads(found.detail) == ["highest", False, "ieee", False, False, "ieee", "0"]
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
+
+
 def test_a_crash_is_contained_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     program(monkeypatch, BROKEN)
     right, crashed, differs = check_in_children(THREE, CPU, "sim", PATIENT)

@@ -1,9 +1,10 @@
 """Checks kernels in a child process, because one that faults takes its process's CUDA context with it, and one that
 hangs never gives it back.
 
-The child is a fresh interpreter in a session of its own. It says on its standard output which kernel it starts and how
-that one ended; whatever ends the child, or keeps it from answering, is the doing of the kernel that it started last.
-The others are then checked in another child. `check_in_children` is the parent's side, `serve` the child's.
+The child is a fresh interpreter in a session of its own. It says, on a pipe that nothing else writes to, which kernel
+it starts and how that one ended; whatever ends the child, or keeps it from answering, is the doing of the kernel that
+it started last. The others are then checked in another child. It reads from a pipe that nobody writes to, and ends when
+that ends: with its parent. `check_in_children` is the parent's side, `serve` the child's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -74,8 +76,11 @@ ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
 
 
 def child_command(job: dict[str, Any]) -> list[str]:
-    """Whoever embeds Python names its interpreter to `multiprocessing.set_executable`; else it is sys.executable."""
-    return [os.fsdecode(get_executable() or sys.executable), "-c", PROGRAM, json.dumps(job)]
+    """Whoever embeds Python names its interpreter to `multiprocessing.set_executable`; else it is sys.executable.
+
+    Unbuffered, so that what a child says is there when it crashes.
+    """
+    return [os.fsdecode(get_executable() or sys.executable), "-u", "-c", PROGRAM, json.dumps(job)]
 
 
 def check_in_children(
@@ -98,31 +103,35 @@ def check_in_children(
 
 def _one_child(job: dict[str, Any], limits: Limits, end: float) -> tuple[list[Finding], str]:
     """The findings of one child; where there are none, why it never got to a kernel."""
-    with tempfile.TemporaryFile() as said:
+    answers, others_end = os.pipe()
+    with tempfile.TemporaryFile() as said, open(answers, "rb", buffering=0):
         try:
             child = subprocess.Popen(
-                child_command(job | {"path": list(map(str, sys.path))}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                child_command(job | {"path": list(map(str, sys.path)), "answers": others_end}),
+                stdin=subprocess.PIPE,  # ends with this process
+                stdout=said,
                 stderr=said,
                 env=os.environ | ENVIRONMENT,
+                pass_fds=[others_end],
                 start_new_session=True,
             )
         except OSError as error:
             return [], f"no process could be started: {error}"
+        finally:
+            os.close(others_end)
         try:
-            return _listen(child, said, limits, end)
+            return _listen(child, answers, said, limits, end)
         finally:
             _kill(child)
 
 
 def _listen(
-    child: subprocess.Popen[bytes], said: IO[bytes], limits: Limits, end: float
+    child: subprocess.Popen[bytes], answers: int, said: IO[bytes], limits: Limits, end: float
 ) -> tuple[list[Finding], str]:
     findings: list[Finding] = []
     running: str | None = None
     limit, started = limits.start, time.monotonic()
-    lines = _Lines(child)
+    lines = _Lines(answers)
     while True:
         left = end - time.monotonic()
         line = lines.next(min(limit, left))
@@ -138,20 +147,32 @@ def _listen(
                 detail = f"its process ended: {_how(child, said)}"
                 findings.append(Finding(running, "wrong", detail, seconds=time.monotonic() - started))
             return findings, f"the process that checks them ended: {_how(child, said)}"
-        message = json.loads(line)
-        if "start" in message:
-            running, limit, started = message["start"], limits.kernel, time.monotonic()
-        else:
-            findings.append(Finding(**message["end"]))
+        message = _message(line)
+        if isinstance(message, Finding):
+            findings.append(message)
             running = None
+        elif message is not None:
+            running, limit, started = message, limits.kernel, time.monotonic()
+
+
+def _message(line: bytes) -> Finding | str | None:
+    """What a child says: which kernel starts, or how one ended. None: something else, which is nobody's answer."""
+    try:
+        match json.loads(line):
+            case {"start": str(name)}:
+                return name
+            case {"end": dict(values)}:
+                return Finding(**values)
+    except (ValueError, TypeError):
+        pass
+    return None
 
 
 class _Lines:
-    """The lines that a child writes."""
+    """The lines that a child writes into a pipe."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        assert child.stdout is not None
-        self._pipe, self._buffer = child.stdout.fileno(), b""
+    def __init__(self, pipe: int) -> None:
+        self._pipe, self._buffer = pipe, b""
 
     def next(self, seconds: float) -> bytes | None:
         """The next line; None if it does not come in time, nothing if there is none."""
@@ -169,12 +190,12 @@ class _Lines:
 
 
 def _how(child: subprocess.Popen[bytes], said: IO[bytes]) -> str:
-    """How a process ended that closed its output, and the last that it said."""
+    """How a process ended that closed its answers, and the last that it said."""
     with suppress(subprocess.TimeoutExpired):
         child.wait(5)
     code = child.returncode
     if code is None:
-        how = "it closed its output"
+        how = "it answers no more"
     elif code < 0:
         how = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     else:
@@ -192,8 +213,8 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
             child.wait(10)
         except subprocess.TimeoutExpired:
             log.warning("process %d, which checked a kernel, does not end although killed", child.pid)
-    assert child.stdout is not None
-    child.stdout.close()
+    assert child.stdin is not None
+    child.stdin.close()
 
 
 # --- in the child ---------------------------------------------------------------------------------------------
@@ -201,12 +222,20 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 def serve(job: dict[str, Any]) -> None:
     """Check the kernels of a job one after another, telling of each as it starts and as it ends."""
-    # Should the parent be killed while a kernel hangs, nobody else would end this process.
+    # Should the parent be killed while a kernel hangs, nobody else would end this process. The thread could not, were
+    # Python's lock held for ever, or the other end of its pipe by a process that the parent has forked.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     faulthandler.dump_traceback_later(job["seconds"], exit=True)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # libraries that print must not be taken for answers
+    os.set_inheritable(job["answers"], False)
     _compute_exactly()
-    check_in_turn(job["kernels"], torch.device(job["device"]), job["backend"], answers)
+    with open(job["answers"], "w", encoding="utf-8", buffering=1) as answers:
+        check_in_turn(job["kernels"], torch.device(job["device"]), job["backend"], answers)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def _compute_exactly() -> None:

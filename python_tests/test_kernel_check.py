@@ -5,7 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from magihuman_fast.kernel_check import EXACT, ON_GPU, TO_BF16, TO_F32, Case, Dr
 from magihuman_fast.kernel_check_cases import CASES
 from magihuman_fast.kernel_check_child import Finding, Limits, check_in_children, check_in_turn, check_kernel
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 # The options and types of `ops`, and what only benchmarks use: every other name there is a kernel of a model's.
 NO_KERNELS = {
@@ -199,7 +205,7 @@ for name in job["kernels"]:
     if name == "head":
         break
     said += json.dumps({{"end": {{"kernel": name, "verdict": "right"}}}}) + "\\n"
-os.write(1, said.encode())
+os.write(job["answers"], said.encode())
 while said.endswith('"head"}}\\n'):
     signal.pause()
 """
@@ -284,6 +290,70 @@ def test_a_crash_is_contained_and_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert crashed.detail == "its process ended: SIGABRT, and last said 'noise that is no answer'"
     assert (differs.verdict, differs.detail) == ("wrong", "differs from PyTorch")
     assert differs.error == pytest.approx(1, rel=1e-3)
+
+
+# What start-up code may print, and what no child says.
+NOISE = """\
+import json, os, sys
+for line in ("hello", "[]", '{"start": "renoise_step"}', '{"end": {"kernel": "head", "verdict": "wrong"}}'):
+    print(line, flush=True)
+for line in (b"hello", b"[]", b"3", b"{}", b'{"start": 3}', b'{"end": 3}', b'{"end": {"kernel": "head"}}', b"\\xff"):
+    os.write(json.loads(sys.argv[1])["answers"], line + b"\\n")
+"""
+
+
+def test_noise_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    program(monkeypatch, NOISE + kernel_check_child.PROGRAM)
+    (found,) = check_in_children(["head"], CPU, "sim", PATIENT)
+    assert (found.kernel, found.verdict, found.detail) == ("head", "right", "")
+
+
+# A process that has kernels checked, of which one hangs once it has said so in `pipe`, which its process keeps open.
+PARENT = """\
+import os, sys
+import torch
+from magihuman_fast import kernel_check_child
+kernel_check_child.PROGRAM = '''
+import json, os, signal, sys
+job = json.loads(sys.argv[1])
+sys.path[:] = job["path"]
+from magihuman_fast import kernel_check, kernel_check_child
+
+def hang(*args):
+    pipe = os.open({pipe!r}, os.O_WRONLY)
+    os.write(pipe, str(os.getpid()).encode())
+    while True:
+        signal.pause()
+
+kernel_check.run_in_pytorch = lambda *args: None
+kernel_check_child.check_kernel = hang
+kernel_check_child.serve(job)
+'''
+limits = kernel_check_child.Limits(300, 300, 900)
+kernel_check_child.check_in_children(["head"], torch.device("cpu"), "sim", limits)
+"""
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """Whatever ends the parent, and although the child hangs."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(pipe=str(path))], cwd=ROOT)
+    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert select.select([pipe], [], [], 300)[0], "no child ever hung"
+        child = int(os.read(pipe, 16))
+        parent.kill()
+        try:
+            assert select.select([pipe], [], [], 60)[0], "the child is still there"
+            assert os.read(pipe, 16) == b""
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(pipe)
+        parent.kill()
+        parent.wait()
 
 
 def test_a_hang_is_ended_and_named(speaker: Callable[[], list[int]]) -> None:

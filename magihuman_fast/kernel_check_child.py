@@ -71,16 +71,29 @@ from magihuman_fast.kernel_check_child import serve
 serve(job)
 """
 
-# Of the child: above all of torch's settings, NVIDIA's libraries obey this one.
-ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
+# Set in a child, and only there. What was started in its place, such as the program that embeds Python, starts no more.
+CHILD = "MAGIHUMAN_FAST_KERNEL_CHECK"
+# Of the child: above all of torch's settings, NVIDIA's libraries obey the first one.
+ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0", CHILD: "1"}
 
 
 def child_command(job: dict[str, Any]) -> list[str]:
     """Whoever embeds Python names its interpreter to `multiprocessing.set_executable`; else it is sys.executable.
 
-    Unbuffered, so that what a child says is there when it crashes.
+    Nothing is imported from the working folder but what the parent would, and what a child says is there when it
+    crashes.
+
+    Raises:
+        OSError: there is no interpreter.
     """
-    return [os.fsdecode(get_executable() or sys.executable), "-u", "-c", PROGRAM, json.dumps(job)]
+    interpreter = os.fsdecode(get_executable() or sys.executable or "")
+    if not interpreter:
+        raise OSError("the program that runs Python names no interpreter")
+    if getattr(sys, "frozen", False) and interpreter == sys.executable:
+        raise OSError("a frozen application is no interpreter")
+    if CHILD in os.environ:
+        raise OSError("this one was started to check kernels")
+    return [interpreter, "-P", "-u", "-c", PROGRAM, json.dumps(job)]
 
 
 def check_in_children(

@@ -142,13 +142,22 @@ def test_bytes_that_nobody_wrote_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.verdict, found.detail) == ("wrong", "two runs differ from one another")
 
 
-def test_little_memory_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "AcceleratorError: CUDA error: out of memory"),
+        (RuntimeError("a call failed:\nCUBLAS_STATUS_ALLOC_FAILED"), "RuntimeError: a call failed:"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_little_memory_is_no_fault(error: Exception, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def damage(out: torch.Tensor, run: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     plant(monkeypatch, "rms_norm", damage)
     found = check_kernel("rms_norm (one expert)", CPU, "sim")
-    assert (found.verdict, found.detail) == ("unchecked", "OutOfMemoryError: CUDA out of memory")
+    assert (found.verdict, found.detail) == ("unchecked", detail)
 
 
 def test_bounds() -> None:

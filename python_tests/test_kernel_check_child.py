@@ -209,7 +209,59 @@ def test_a_hang_is_ended_and_named(speaker: Callable[[], list[int]]) -> None:
     findings = check_in_children(THREE, CPU, "sim", limits)
     assert verdicts(findings) == ["right", "wrong", "right"]
     assert findings[1].detail == "did not end within 0.25 s"
-    assert len(speaker()) == 2  # the rest in a second one
+    assert len(speaker()) == 2  # the rest in a second one, and there the same once more
+
+
+LATE = Finding("head", "wrong", "did not end within 20 s")
+
+
+@pytest.mark.parametrize(
+    ("second", "verdict", "detail"),
+    [
+        (Finding("head", "right"), "right", ""),
+        (LATE, "wrong", LATE.detail),
+        (Finding("head", "wrong", "differs"), "wrong", "differs"),
+        (Finding("head", "unchecked", "cut"), "unchecked", "it did not end within 20 s, then cut"),
+        (None, "unchecked", "it did not end within 20 s, then no child"),
+    ],
+)
+def test_what_does_not_end_has_a_second_chance(
+    second: Finding | None, verdict: str, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After all others, because it takes the most time."""
+    one, head, two = THREE
+    children = [[Finding(one, "right"), LATE], [Finding(two, "right")], [second] if second else []]
+    asked: list[list[str]] = []
+
+    def one_child(job: dict[str, Any], *_: object) -> tuple[list[Finding], str]:
+        asked.append(job["kernels"])
+        return children.pop(0), "no child"
+
+    monkeypatch.setattr(kernel_check_child, "_one_child", one_child)
+    findings = check_in_children(THREE, CPU, "sim", PATIENT)
+    assert asked == [[one, head, two], [two, head], [head]]
+    assert verdicts(findings) == ["right", verdict, "right"]
+    assert findings[1].detail == detail
+
+
+@pytest.mark.parametrize(
+    ("end", "verdict", "detail"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "unchecked", "SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", "unchecked", "SIGTERM"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "wrong", "SIGSEGV"),
+        ("print('std::bad_alloc'); os.abort()", "unchecked", "SIGABRT, and last said 'std::bad_alloc'"),
+        ("sys.exit('no')", "wrong", "exit code 1, and last said 'no'"),
+    ],
+)
+def test_a_kill_from_without_is_no_kernels_fault(
+    end: str, verdict: str, detail: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = SPEAKER.format(pids=str(tmp_path / "pids")).replace("    signal.pause()", f"    {end}")
+    program(monkeypatch, text)
+    findings = check_in_children(THREE, CPU, "sim", PATIENT)
+    assert verdicts(findings) == ["right", verdict, "right"]
+    assert findings[1].detail == f"its process ended: {detail}"
 
 
 def test_an_end_to_the_patience_with_all(speaker: Callable[[], list[int]]) -> None:

@@ -178,6 +178,19 @@ def test_what_could_not_be_checked_is_not_kept_and_not_used(
     assert len(list(kernel_cache.iterdir())) == 1
 
 
+def test_what_took_too_long_is_not_used_and_not_kept(kernel_checks: Checks, kernel_cache: Path) -> None:
+    """Others may have used the GPU meanwhile."""
+    kernel_checks.faults = (DECODER_FAULT,)
+    assert kernel_trust.why_not(GPU, "decoder") == DECODER_REASON
+    assert kernel_trust.why_not(GPU, "models") is None
+    assert kernel_checks.count == 1
+    assert not kernel_cache.exists()
+    kernel_trust.forget()
+    kernel_checks.faults = ()
+    assert kernel_trust.why_not(GPU, "decoder") is None
+    assert kernel_checks.count == 2
+
+
 def test_many_faults_are_counted(kernel_checks: Checks) -> None:
     kernel_checks.faults = tuple(replace(DECODER_FAULT, kernel=name) for name in CASES)
     reason = kernel_trust.why_not(GPU)

@@ -62,6 +62,12 @@ def gpu_unavailable(device: torch.device | str | None = None) -> str | None:
     return None
 
 
+def driver_cuda_version() -> int:
+    """The newest version of CUDA that the driver supports, 13000 for 13.0; 0: no driver, or kernels not compiled."""
+    kernels = _module("_C")
+    return 0 if kernels is None else int(kernels.cuda_versions()[1])
+
+
 def simulator() -> ModuleType:
     """The simulator module: `set_seed`, `set_multiprocessor_count`, `Error`.
 

@@ -1,7 +1,8 @@
 """Which kernels may be used on a device: those that have agreed with PyTorch there, which is checked once and kept.
 
-The answer depends on the GPU, its driver, torch, and the compiled kernels. It is kept under these in the user's cache
-folder, as JSON, and is then there at once. A cache that cannot be read or written costs a check each time, no more.
+The answer depends on the GPU, its driver, torch, the compiled kernels, and the Python around them. It is kept under these
+in the user's cache folder, as JSON, and is then there at once. A cache that cannot be read or written costs a check each
+time, no more.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from . import ops
 from .kernel_check import Part
 from .kernel_check_cases import CASES
 from .kernel_check_child import Finding, Limits, Verdict, check_in_children
+from .kernel_launch import driver_cuda_version
 
 log = logging.getLogger(__name__)
 
 LIMITS = Limits()
 FOLDER = "magihuman_fast"
 HERE = Path(__file__).parent
-# What is compiled for a backend; and what decides what is checked, and how.
+# What is compiled for a backend; and what launches that, what it is held to, and how.
 LIBRARIES: dict[ops.Backend, tuple[str, ...]] = {
     "gpu": ("libmagihuman_kernels.so", "_C.*.so"),
     "sim": ("_sim.*.so",),
     "reference": (),
 }
-CHECKS = ("kernel_check.py", "kernel_check_cases.py")
+SOURCES = ("*ops.py", "kernel_*.py", "reference/*.py")
 
 
 @dataclass(frozen=True)
@@ -177,16 +179,17 @@ def _made_for(device: torch.device, backend: ops.Backend) -> dict[str, str]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"device": properties.name, "uuid": str(getattr(properties, "uuid", ""))}
+        found["cuda"] = str(driver_cuda_version())
     return found | {"driver": driver_version() or "", "torch": torch.__version__}
 
 
 @cache
 def _build(backend: ops.Backend) -> str:
-    """A digest of what is compiled for a backend, and of the check."""
+    """A digest of what is compiled for a backend, of what launches it, and of the check."""
     digest = hashlib.sha256()
-    for pattern in (*LIBRARIES[backend], *CHECKS):
+    for pattern in (*LIBRARIES[backend], *SOURCES):
         for path in sorted(HERE.glob(pattern)):
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(f"{path.relative_to(HERE)} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernel_findings import DECODER_FAULT, DECODER_REASON, GPU, MODEL_FAULT, MODEL_REASON, Checks
-from magihuman_fast import InputError, MagiHumanPipeline, kernel_trust, loading, ops
+from magihuman_fast import InputError, MagiHumanPipeline, kernel_launch, kernel_trust, loading, ops
 from magihuman_fast.engine import Engine
 from magihuman_fast.environment import KERNELS, REFERENCE
 from magihuman_fast.kernel_check_cases import CASES
@@ -206,6 +206,41 @@ def test_what_a_finding_depends_on() -> None:
     assert set(plain) == {"device", "backend", "build", "driver", "torch"}
     builds = {kernel_trust._build(backend) for backend in ("reference", "sim")}
     assert len(builds) == 2
+
+
+def test_a_build_is_all_that_launches_kernels_and_checks_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    (package / "reference").mkdir(parents=True)
+    monkeypatch.setattr(kernel_trust, "HERE", package)
+    build = kernel_trust._build.__wrapped__
+    builds = [build("gpu")]
+    for name in ("kernel_launch.py", "matrix_ops.py", "reference/operations.py", "_C.abi.so"):
+        (package / name).write_text("one")
+        builds.append(build("gpu"))
+        (package / name).write_text("two")
+        builds.append(build("gpu"))
+    (package / "cli.py").touch()
+    assert len(set(builds)) == 9
+    assert build("gpu") == builds[-1]
+    # The patterns are those of files that there are.
+    for pattern in kernel_trust.SOURCES:
+        assert list(Path(ops.__file__).parent.glob(pattern))
+
+
+def test_a_driver_is_known_by_its_cuda_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every container shows its version in /proc."""
+    monkeypatch.setattr(kernel_trust, "driver_version", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H200", uuid="7")
+    )
+    keys = []
+    for version in (12080, 13000):
+        kernels = SimpleNamespace(cuda_versions=lambda version=version: (12080, version))
+        monkeypatch.setattr(kernel_launch, "_module", lambda name, kernels=kernels: kernels)
+        keys.append(kernel_trust._made_for(GPU, "gpu"))
+    assert keys[0] | {"cuda": "13000"} == keys[1] != keys[0]
 
 
 @pytest.mark.gpu

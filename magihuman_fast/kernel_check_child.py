@@ -111,6 +111,11 @@ def child_command(job: dict[str, Any]) -> list[str]:
     return [interpreter, "-P", "-u", "-c", PROGRAM, json.dumps(job)]
 
 
+def gpu_uuid(device: torch.device) -> str:
+    """Which GPU a device is; "" for none, and where torch does not tell."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
+
+
 def check_in_children(
     kernels: Sequence[str], device: torch.device, backend: ops.Backend, limits: Limits
 ) -> list[Finding]:
@@ -125,7 +130,13 @@ def check_in_children(
         why = f"no time was left of the {limits.total:g} s for all of them"
         if time.monotonic() < end:
             waiting.sort(key=late.__contains__)
-            job = {"device": str(device), "backend": backend, "kernels": waiting, "seconds": 2 * limits.total}
+            job = {
+                "device": str(device),
+                "uuid": gpu_uuid(device),
+                "backend": backend,
+                "kernels": waiting,
+                "seconds": 2 * limits.total,
+            }
             findings, why = _one_child(job, limits, end)
             chances = {finding.kernel: finding for finding in findings if finding.timed_out}
             found |= {f.kernel: f for f in findings if f.kernel in late or f.kernel not in chances}
@@ -189,8 +200,9 @@ def _listen(
             return findings, f"the process that checks them ended: {how}"
         message = _message(line)
         if isinstance(message, Finding):
-            findings.append(message)
-            running = None
+            if message.kernel == running:
+                findings.append(message)
+                running = None
         elif message is not None:
             running, limit, started = message, limits.kernel, time.monotonic()
 
@@ -278,8 +290,12 @@ def serve(job: dict[str, Any]) -> None:
     faulthandler.dump_traceback_later(job["seconds"], exit=True)
     os.set_inheritable(job["answers"], False)
     _compute_exactly()
+    device = torch.device(job["device"])
+    uuid = gpu_uuid(device)
+    if uuid != job["uuid"]:  # the parent has begun to use GPUs under another CUDA_VISIBLE_DEVICES
+        sys.exit(f"{device} is {uuid} here, expected {job['uuid']}")
     with open(job["answers"], "w", encoding="utf-8", buffering=1) as answers:
-        check_in_turn(job["kernels"], torch.device(job["device"]), job["backend"], answers)
+        check_in_turn(job["kernels"], device, job["backend"], answers)
 
 
 def _end_with_parent() -> None:

@@ -1,8 +1,8 @@
 """Which kernels may be used on a device: those that have agreed with PyTorch there, which is checked once and kept.
 
-The answer depends on the GPU, its driver, torch, the compiled kernels, and the Python around them. It is kept under these
-in the user's cache folder, as JSON, and is then there at once. A cache that cannot be read or written costs a check each
-time, no more.
+The answer depends on the GPU, its driver, torch, the compiled kernels, and the Python around them. It is kept under
+these in the user's cache folder, as JSON, and is then there at once. A cache that cannot be read or written costs a
+check each time, no more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from . import ops
 from .kernel_check import Part
 from .kernel_check_cases import CASES
-from .kernel_check_child import Finding, Limits, Verdict, check_in_children
+from .kernel_check_child import Finding, Limits, Verdict, check_in_children, gpu_uuid
 from .kernel_launch import driver_cuda_version
 
 log = logging.getLogger(__name__)
@@ -177,8 +177,7 @@ def _made_for(device: torch.device, backend: ops.Backend) -> dict[str, str]:
     """Everything that a finding depends on."""
     found = {"device": device.type, "backend": backend, "build": _build(backend)}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"device": properties.name, "uuid": str(getattr(properties, "uuid", ""))}
+        found |= {"device": torch.cuda.get_device_properties(device).name, "uuid": gpu_uuid(device)}
         found["cuda"] = str(driver_cuda_version())
     return found | {"driver": driver_version() or "", "torch": torch.__version__}
 

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from kernel_findings import GPU
 from magihuman_fast import kernel_check_child
 from magihuman_fast.kernel_check_child import Finding, Limits, check_in_children
 from test_kernel_check import CPU, THREE
@@ -145,7 +148,8 @@ NOISE = """\
 import json, os, sys
 for line in ("hello", "[]", '{"start": "renoise_step"}', '{"end": {"kernel": "head", "verdict": "wrong"}}'):
     print(line, flush=True)
-for line in (b"hello", b"[]", b"3", b"{}", b'{"start": 3}', b'{"end": 3}', b'{"end": {"kernel": "head"}}', b"\\xff"):
+others = b'{"end": {"kernel": "embed", "verdict": "wrong"}}'
+for line in (others, b"[]", b"3", b"{}", b'{"start": 3}', b'{"end": 3}', b'{"end": {"kernel": "head"}}', b"\\xff"):
     os.write(json.loads(sys.argv[1])["answers"], line + b"\\n")
 """
 
@@ -210,6 +214,23 @@ def test_a_hang_is_ended_and_named(speaker: Callable[[], list[int]]) -> None:
     assert verdicts(findings) == ["right", "wrong", "right"]
     assert findings[1].detail == "did not end within 0.25 s"
     assert len(speaker()) == 2  # the rest in a second one, and there the same once more
+
+
+def test_another_gpu_of_that_number_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said of the one that was meant."""
+    here = """
+import sys, torch
+torch.cuda.get_device_properties = lambda device: type("Properties", (), {"uuid": "GPU-2"})
+"""
+    program(monkeypatch, here + kernel_check_child.PROGRAM)
+    properties = SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    findings = check_in_children(THREE, GPU, "gpu", PATIENT)
+    assert verdicts(findings) == ["unchecked"] * 3
+    assert findings[0].detail == (
+        "the process that checks them ended: exit code 1, and last said "
+        "'cuda:0 is GPU-2 here, expected GPU-1'"
+    )
 
 
 LATE = Finding("head", "wrong", "did not end within 20 s")

@@ -225,13 +225,15 @@ class _Lines:
 
     def __init__(self, pipe: int) -> None:
         self._pipe, self._buffer = pipe, b""
+        self._poll = select.poll()
+        self._poll.register(pipe, select.POLLIN)
 
     def next(self, seconds: float) -> bytes | None:
         """The next line; None if it does not come in time, nothing if there is none."""
         end = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = max(end - time.monotonic(), 0)
-            if not select.select([self._pipe], [], [], left)[0]:
+            if not self._poll.poll(1000 * left):
                 return None
             read = os.read(self._pipe, 1 << 16)
             if not read:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,8 +149,8 @@ NOISE = """\
 import json, os, sys
 for line in ("hello", "[]", '{"start": "renoise_step"}', '{"end": {"kernel": "head", "verdict": "wrong"}}'):
     print(line, flush=True)
-others = b'{"end": {"kernel": "embed", "verdict": "wrong"}}'
-for line in (others, b"[]", b"3", b"{}", b'{"start": 3}', b'{"end": 3}', b'{"end": {"kernel": "head"}}', b"\\xff"):
+early = b'{"end": {"kernel": "head", "verdict": "wrong"}}'
+for line in (early, b"[]", b"3", b"{}", b'{"start": 3}', b'{"end": 3}', b'{"end": {"kernel": "head"}}', b"\\xff"):
     os.write(json.loads(sys.argv[1])["answers"], line + b"\\n")
 """
 
@@ -158,6 +159,23 @@ def test_noise_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     program(monkeypatch, NOISE + kernel_check_child.PROGRAM)
     (found,) = check_in_children(["head"], CPU, "sim", PATIENT)
     assert (found.kernel, found.verdict, found.detail) == ("head", "right", "")
+    program(monkeypatch, NOISE)
+    (found,) = check_in_children(["head"], CPU, "sim", PATIENT)
+    assert found.verdict == "unchecked"
+    assert found.detail.startswith("the process that checks them ended: exit code 0, and last said ")
+
+
+def test_many_open_files(speaker: Callable[[], list[int]]) -> None:
+    """In a server, say: `select` takes no descriptor from 1024 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (2048 if hard == resource.RLIM_INFINITY else min(hard, 2048), hard)
+    )
+    with ExitStack() as files:
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        while files.enter_context(open(os.devnull)).fileno() < 1024:
+            pass
+        assert verdicts(check_in_children(["renoise_step"], CPU, "sim", PATIENT)) == ["right"]
 
 
 # A process that has kernels checked, of which one hangs once it has said so in `pipe`, which its process keeps open.

@@ -137,7 +137,10 @@ def check_in_children(
                 "kernels": waiting,
                 "seconds": 2 * limits.total,
             }
-            findings, why = _one_child(job, limits, end)
+            try:
+                findings, why = _one_child(job, limits, end)
+            except OSError as error:
+                findings, why = [], f"no process could be started: {error}"
             chances = {finding.kernel: finding for finding in findings if finding.timed_out}
             found |= {f.kernel: f for f in findings if f.kernel in late or f.kernel not in chances}
             late |= chances
@@ -151,27 +154,30 @@ def check_in_children(
 
 
 def _one_child(job: dict[str, Any], limits: Limits, end: float) -> tuple[list[Finding], str]:
-    """The findings of one child; where there are none, why it never got to a kernel."""
-    answers, others_end = os.pipe()
-    with tempfile.TemporaryFile() as said, open(answers, "rb", buffering=0):
-        try:
-            child = subprocess.Popen(
-                child_command(job | {"path": list(map(str, sys.path)), "answers": others_end}),
-                stdin=subprocess.PIPE,  # ends with this process
-                stdout=said,
-                stderr=said,
-                env=os.environ | ENVIRONMENT,
-                pass_fds=[others_end],
-                start_new_session=True,
-            )
-        except OSError as error:
-            return [], f"no process could be started: {error}"
-        finally:
-            os.close(others_end)
-        try:
-            return _listen(child, answers, said, limits, end)
-        finally:
-            _kill(child)
+    """The findings of one child; where there are none, why it never got to a kernel.
+
+    Raises:
+        OSError: no process, or nothing to hear it by.
+    """
+    with tempfile.TemporaryFile() as said:
+        answers, others_end = os.pipe()
+        with open(answers, "rb", buffering=0):
+            try:
+                child = subprocess.Popen(
+                    child_command(job | {"path": list(map(str, sys.path)), "answers": others_end}),
+                    stdin=subprocess.PIPE,  # ends with this process
+                    stdout=said,
+                    stderr=said,
+                    env=os.environ | ENVIRONMENT,
+                    pass_fds=[others_end],
+                    start_new_session=True,
+                )
+            finally:
+                os.close(others_end)
+            try:
+                return _listen(child, answers, said, limits, end)
+            finally:
+                _kill(child)
 
 
 def _listen(

@@ -350,6 +350,13 @@ def test_no_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert findings[0].detail.startswith("no process could be started: ")
 
 
+def test_no_room_for_what_a_child_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernel_check_child.tempfile, "tempdir", str(tmp_path / "none"))
+    (finding,) = check_in_children(THREE[:1], CPU, "reference", Limits())
+    assert finding.verdict == "unchecked"
+    assert finding.detail.startswith("no process could be started: ")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [

@@ -9,6 +9,7 @@ or when it has said nothing for too long.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 0.02
 # A process that is stuck in the driver may take a while to die; whatever it does, the run goes on.
 BURIAL_SECONDS = 10.0
@@ -95,6 +97,8 @@ def _be_child(work: Callable[[], object], log: Path, environment: Mapping[str, s
     code = 1
     try:
         os.setsid()
+        # Ends with its parent, however that ends: it may hold a GPU.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

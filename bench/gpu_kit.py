@@ -9,6 +9,7 @@ resort everything by CMake.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -72,6 +73,22 @@ def python312() -> str | None:
     return None
 
 
+def tree_digest(root: Path = ROOT) -> str:
+    """Of every source that the kit is made of, or that runs beside it."""
+    patterns = (
+        "csrc/**/*.c*",
+        "csrc/**/*.h",
+        "magihuman_fast/**/*.py",
+        "bench/*.py",
+        "bench/*.cu",
+        "python_tests/*.py",
+    )
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 # --- here ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,10 +138,9 @@ def prepare(kit: Path = KIT) -> dict[str, Any]:
                 ),
                 check=True,
             )
-        from sources import digests
         from timing import describe_commit
 
-        manifest: dict[str, Any] = {**describe_commit(), "sources": digests(ROOT)}
+        manifest: dict[str, Any] = {**describe_commit(), "tree": tree_digest()}
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(kit, ignore_errors=True)
         aside.rename(kit)
@@ -174,6 +190,25 @@ def _wheels(site: Path) -> None:
 
 
 # --- on the GPU machine -------------------------------------------------------------------------------------------
+
+
+def manifest_of(kit: Path) -> dict[str, Any]:
+    """What a kit says of itself.
+
+    Raises:
+        ValueError: it is none, or not made of the sources beside it; in words.
+    """
+    try:
+        manifest = json.loads((kit / "manifest.json").read_text(encoding="utf-8"))
+        there = (kit / KERNELS).is_file()
+        tree = manifest["tree"]
+    except (OSError, ValueError, KeyError, TypeError):
+        there, tree = False, None
+    if not there:
+        raise ValueError("expected what `make gpu-kit` prepares")
+    if tree != tree_digest():
+        raise ValueError("it is not made of these sources; expected a new one (make gpu-kit)")
+    return manifest
 
 
 def add_packages(kit: Path) -> None:

@@ -33,12 +33,18 @@ FORMAT = 2
 
 
 class Run:
-    """One run: its folder, its records, and the children that fill them."""
+    """One run: its folder, its records, and the children that fill them.
+
+    Raises:
+        OSError: the folder holds a run, or cannot be made.
+    """
 
     def __init__(self, folder: Path, device: str, work: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.device, self._work = folder, device, work
         self.records = Records(folder / "records.jsonl")
+        # Steps of an earlier run would count as done; and two at once do not share a folder.
+        self.records.path.touch(exist_ok=False)
         self.log = folder / "log.txt"
         self.clocks: Clocks | None = None
         self.groups: list[dict[str, Any]] = []
@@ -245,17 +251,32 @@ def check(
                 }
         write(run.folder / "record.json", record)
 
-    for group in plan:
-        bad = any(map(is_bad, run.groups))
-        deadline = began + (min(budget, faulty) if bad else budget)
-        if deadline - time.monotonic() < MIN_SECONDS:
-            why = "left out: something was wrong" if bad and faulty < budget else "left out: no time left"
-            run.groups.append({"group": group.name, "what": group.what, "status": why, "seconds": 0})
-            continue
-        run.group(group, deadline)
+    def leave_out(group: Group, why: str) -> None:
+        run.groups.append(
+            {"group": group.name, "what": group.what, "status": f"left out: {why}", "seconds": 0}
+        )
+
+    done = 0
+    try:
+        for group in plan:
+            bad = any(map(is_bad, run.groups))
+            deadline = began + (min(budget, faulty) if bad else budget)
+            if deadline - time.monotonic() < MIN_SECONDS:
+                leave_out(group, "something was wrong" if bad and faulty < budget else "no time left")
+            else:
+                run.group(group, deadline)
+                keep()
+            done += 1
+            if done == 1 and run.device == "cuda":
+                run.try_dumps()
+    except BaseException:
+        # The open group says "running"; those behind it have not begun.
+        if run.groups and run.groups[-1]["status"] == "running":
+            run.groups[-1]["status"] = "interrupted"
+        for group in plan[len(run.groups) :]:
+            leave_out(group, "interrupted")
+        raise
+    finally:
+        run.finish()
         keep()
-        if group is plan[0] and run.device == "cuda":
-            run.try_dumps()
-    run.finish()
-    keep()
     return record

@@ -6,7 +6,6 @@ seconds, and the device probe fails once. Everything after each must still run, 
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -103,17 +102,15 @@ def missing(record: dict[str, Any], plan: Sequence[Group]) -> Iterator[str]:
         yield f"probes: expected one failure and then answers, got {probes}"
 
 
-def run(out: Path | None, work: Path, plan: Sequence[Group], head: dict[str, Any]) -> int:
-    """Rehearse; 0 only where every planted fault was contained, named and evidenced, and everything else ran."""
+def rehearse(run: Run, work: Path, plan: Sequence[Group], head: dict[str, Any]) -> int:
+    """0 only where every planted fault was contained, named and evidenced, and everything else ran."""
     watched_tests.preload([*gpu_plan.test_files(tuple(plan)), PLANTED])
-    with tempfile.TemporaryDirectory() as folder:
-        rehearsed = Run(out or Path(folder), "cpu", work)
-        rehearsed.probe_work = partial(failing_once, work / "probed")
-        record = check(with_faults(plan), rehearsed, budget=BUDGET, faulty=BUDGET, head=head)
-        print(report.summary(record))
-        lacking = list(missing(record, plan))
-        for text in lacking:
-            print(f"rehearsal: {text}")
-        if not lacking:
-            print(f"rehearsal: every planted fault was contained and named; {record['seconds']:.0f} s")
-        return 1 if lacking else 0
+    run.probe_work = partial(failing_once, work / "probed")
+    record = check(with_faults(plan), run, budget=BUDGET, faulty=BUDGET, head=head)
+    print(report.summary(record))
+    lacking = list(missing(record, plan))
+    for text in lacking:
+        print(f"rehearsal: {text}")
+    if not lacking:
+        print(f"rehearsal: every planted fault was contained and named; {record['seconds']:.0f} s")
+    return 1 if lacking else 0

@@ -95,8 +95,10 @@ TARGETS = (
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Every run's record in `folder`, the oldest first; rehearsals measure nothing and are left out."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/record.json"))]
+    """The record in a run's `folder`, or in every one below it, the oldest first; rehearsals measure nothing and are
+    left out."""
+    paths = sorted([*folder.glob("record.json"), *folder.glob("*/record.json")])
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for record in records:
         # A run of few groups may have described its machine only beside what it measured.
         described = (
@@ -309,10 +311,13 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The measurements in bench/results as a table and a plot.")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    help_text = "a run's folder, or one of such folders (default: bench/results)"
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=help_text)
     parser.add_argument("--markdown", action="store_true", help="print only the kernels' table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG as well")
     args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        parser.error(f"--results: expected a folder, got {args.results}")
     records = load(args.results)
     print(kernel_table(records))
     if not args.markdown:
@@ -320,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(record["results"] for record in records):
             print(f"\nBaselines:\n\n{baseline_table(records)}")
         out_of_date = stale(records)
+        if out_of_date:
+            print("\nSources against those of the runs (bench/results/README.md tells of the runs):")
         for op, reason in out_of_date.items():
             print(f"\n{op}: {reason}" if op == next(iter(out_of_date)) else f"{op}: {reason}")
         if not out_of_date:

@@ -7,10 +7,11 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,92 @@ def test_a_core_is_asked_for_and_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert f"target cudacore {tmp_path / 'core'}" in text
 
 
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the script says, in one line, instead of running anything."""
+    assert gpu_check.main([*words, "--rehearse"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("gpu_check: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.fixture
+def forking_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the script does to its own process is undone."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for name in ("OMP_NUM_THREADS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    fork_server.allow_cuda()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("forking_script")
+def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its steps would count as done."""
+    gpu_run.Run(tmp_path / "out", "cpu", tmp_path)
+    assert "expected a new folder" in refused(capsys, "--out", str(tmp_path / "out"))
+    (tmp_path / "file").touch()
+    assert "expected a new folder" in refused(capsys, "--out", str(tmp_path / "file"))
+
+
+@pytest.mark.usefixtures("forking_script")
+def test_unknown_groups_and_odd_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "got ['none', '']" in refused(capsys, "--groups", "facts,none,")
+    for value in ("-5", "nan", "0", "inf", "soon"):
+        with pytest.raises(SystemExit) as end:
+            gpu_check.main(["--rehearse", "--budget", value])
+        assert end.value.code == 2
+
+
+def test_a_kit_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it is put in place."""
+    with pytest.raises(ValueError, match="expected what `make gpu-kit` prepares"):
+        gpu_kit.manifest_of(tmp_path)
+    (tmp_path / gpu_kit.KERNELS).touch()
+    manifest = tmp_path / "manifest.json"
+    for text in ("", "[]", "{}", '{"commit": "0"}'):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match="expected what `make gpu-kit` prepares"):
+            gpu_kit.manifest_of(tmp_path)
+    manifest.write_text(json.dumps({"commit": "0", "dirty": False, "tree": gpu_kit.tree_digest()}))
+    assert gpu_kit.manifest_of(tmp_path)["commit"] == "0"
+    monkeypatch.setattr(gpu_kit, "tree_digest", lambda: "another")
+    with pytest.raises(ValueError, match="not made of these sources"):
+        gpu_kit.manifest_of(tmp_path)
+
+
+def test_every_source_counts_for_a_kit(tmp_path: Path) -> None:
+    for name in ("csrc/api.h", "csrc/binding.cpp", "csrc/a/b.cuh", "magihuman_fast/x/y.py", "bench/z.py"):
+        before = gpu_kit.tree_digest(tmp_path)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("//")
+        assert gpu_kit.tree_digest(tmp_path) != before, name
+
+
+def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
+    def interrupt(child: Child) -> None:
+        os.kill(os.getppid(), signal.SIGUSR1)
+        time.sleep(60)
+
+    def interrupted(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    plan = [gpu_plan.Group(name, 60, name, interrupt) for name in ("open", "behind")]
+    run = gpu_run.Run(tmp_path / "out", "cpu", tmp_path)
+    before = signal.signal(signal.SIGUSR1, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu_run.check(plan, run, budget=60, faulty=60, head={"machine": {}})
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [g["status"] for g in record["groups"]] == ["interrupted", "left out: interrupted"]
+
+
 # --- forked children ------------------------------------------------------------------------------------------
 
 
@@ -259,6 +346,39 @@ def test_children_see_cuda_and_their_parent_does_not(tmp_path: Path) -> None:
     assert ended.how == "ok", (tmp_path / "log").read_text()
 
 
+def gone(pid: int) -> bool:
+    """Within some seconds."""
+    for _ in range(1000):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    """However that ends: it may hold a GPU."""
+    code = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(BENCH)!r})
+import fork_server
+folder = Path({str(tmp_path)!r})
+def work():
+    (folder / "aside").write_text(str(os.getpid()))
+    os.rename(folder / "aside", folder / "pid")
+    time.sleep(600)
+fork_server.run_forked(work, log=folder / "log", seconds=600, stall=600, heartbeat=folder / "heart")
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / "pid").exists():
+        assert parent.poll() is None
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
 def test_a_childs_children_die_with_it(tmp_path: Path) -> None:
     def leave_one_behind() -> None:
         other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -268,14 +388,7 @@ def test_a_childs_children_die_with_it(tmp_path: Path) -> None:
         leave_one_behind, log=tmp_path / "log", seconds=60, stall=60, heartbeat=tmp_path / "heart"
     )
     assert ended.how == "ok"
-    pid = int((tmp_path / "pid").read_text())
-    for _ in range(1000):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            break
-        time.sleep(0.01)
-    else:
-        pytest.fail("it lives on")
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 def test_records_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:

@@ -126,8 +126,12 @@ def run_case(
             at_once(results[-1])
         if device != "cpu":
             torch.cuda.empty_cache()
-    if len(results) > 1 and results[0].variant == case.variants[0].name:
-        results[0] = results[0].against(results[1])
+    subject = case.variants[0].name
+    others = [
+        result for result in results if not result.variant.startswith(subject)
+    ]  # its tiles are no baseline
+    if others and results[0].variant == subject:
+        results[0] = results[0].against(others[0])
     for result in results:
         emit(result)
 

@@ -287,7 +287,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = [result for result, _ in latest(records).values()]
+    found = [result for result, _ in latest(records).values() if result.peak_share]
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.4 * max(1, len(found))))
     labels = [f"{result.op}\n{result.shape}" for result in found]
     shares = [100 * (result.peak_share or 0) for result in found]
@@ -299,6 +299,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.barh([p - 0.2 for p in places], against, 0.4, label="its baseline", color="#bbbbbb")
     axes.set_yticks(list(places), labels, fontsize=6)
     axes.set_xlabel("% of the ceiling measured in the same run")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     if found:
         axes.legend(loc="lower right")

@@ -30,7 +30,8 @@ extern "C" int64_t l2_read_bytes(int64_t bytes, int rounds, int blocks) {
     return bytes / turn * turn * rounds;
 }
 
-extern "C" int l2_read_launch(const void* data, int64_t bytes, int rounds, void* out, int blocks, cudaStream_t stream) {
+extern "C" int l2_read_launch(const void* data, int64_t bytes, int rounds, void* out, int blocks,
+                              cudaStream_t stream) {
     l2_read<<<blocks, 512, 0, stream>>>(static_cast<const uint4*>(data), bytes / 16, rounds,
                                         static_cast<uint32_t*>(out));
     return static_cast<int>(cudaGetLastError());

@@ -44,7 +44,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kit", type=Path, metavar="DIR", help="what `make gpu-kit` prepared; it is put in place"
     )
-    parser.add_argument("--plan", choices=("first", "second"), default="first", help="default: first")
+    parser.add_argument(
+        "--plan", choices=("first", "second", "baselines"), default="first", help="default: first"
+    )
     parser.add_argument(
         "--beside", type=Path, metavar="DIR", help="another build of _C and the kernels, timed too"
     )

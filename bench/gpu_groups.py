@@ -27,13 +27,15 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 import torch  # noqa: E402
 
+import baseline_cases  # noqa: E402
+import cutlass_baseline  # noqa: E402
 import decoder_cases  # noqa: E402
 import gated_attention_cases  # noqa: E402
 import gpu_kit  # noqa: E402
 import kernel_cases  # noqa: E402
 from kernel_cases import TINY, Case, Setting, gpu_setting, run_case  # noqa: E402
 from records import Child  # noqa: E402
-from timing import Ceilings, GraphStopwatch, describe_machine, gpu_state, measure_ceilings  # noqa: E402
+from timing import Ceilings, GraphStopwatch, Result, describe_machine, gpu_state, measure_ceilings  # noqa: E402
 from workload import Tokens  # noqa: E402
 
 QUICK = {"laps": 3, "lap_seconds": 1e-4, "max_seconds": 0.05}
@@ -122,10 +124,13 @@ def l2_throughput(library: Path) -> list[dict[str, float]]:
 # --- timings ------------------------------------------------------------------------------------------------------
 
 
-def timed(child: Child, builders: Sequence[Builder], size: str, other: Path | None = None) -> None:
+def timed(
+    child: Child, builders: Sequence[Builder], size: str, other: Path | None = None, *, slow: bool = False
+) -> None:
     """Every case's kernel, its compiled tiles and the libraries' kernels, beside this run's ceilings.
 
-    `other`: a folder with another build of the kernels and their binding, which is timed instead, by itself.
+    `other`: a folder with another build of the kernels and their binding, which is timed instead, by itself. `slow`:
+    what torch compiles too.
     """
     s = setting_of(child, size)
     if other is not None and child.on_gpu:
@@ -138,7 +143,14 @@ def timed(child: Child, builders: Sequence[Builder], size: str, other: Path | No
     )
     # On a GPU the state, at both ends: clocks may fall meanwhile.
     child.add("fact", {"state": gpu_state()})
-    for case in quick_variants(case for build in builders for case in build(s)):
+    found: list[Result] = []
+
+    def keep(result: Result) -> None:
+        found.append(result)
+        child.result(result)
+
+    cases = (case for build in builders for case in build(s))
+    for case in cases if slow else quick_variants(cases):
         step = f"{case.op} ({case.shape})"
         if other is not None:
             subject = dataclasses.replace(case.variants[0], name=f"kernel, {other.name}")
@@ -146,9 +158,25 @@ def timed(child: Child, builders: Sequence[Builder], size: str, other: Path | No
         if child.begin(step):
             options: dict[str, Any] = dict(BRIEF if child.on_gpu else QUICK)
             told = failing(child, case)
-            run_case(case, child.device, limits, child.result, told, at_once=child.record, **options)
+            run_case(case, child.device, limits, keep, told, at_once=child.record, **options)
             child.end(step)
+    for result in baseline_cases.extrapolated_step(found, s.clip.name):
+        child.result(result)
     child.add("fact", {"state": gpu_state()})
+
+
+def cutlass(child: Child) -> None:
+    """CUTLASS's own collective product at the model's shapes, from a kit that holds it."""
+    if not child.begin("CUTLASS"):
+        return
+    if child.on_gpu:
+        library = gpu_kit.KIT / gpu_kit.CUTLASS
+        if not library.is_file():
+            raise SystemExit(f"the kit holds no {library.name}: bench/gpu_kit.py --cutlass")
+        limits = measure_ceilings(child.device)
+        for case in cutlass_baseline.cases(gpu_setting("256p"), library):
+            run_case(case, child.device, limits, child.result, failing(child, case), **BRIEF)
+    child.end("CUTLASS")
 
 
 def load_kernels(folder: Path) -> None:

@@ -9,6 +9,7 @@ resort everything by CMake.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "build" / "gpu-kit"
 PACKAGE = ROOT / "magihuman_fast"
-KERNELS, PROBE = "libmagihuman_kernels.so", "libl2_read.so"
+KERNELS, PROBE, CUTLASS = "libmagihuman_kernels.so", "libl2_read.so", "libcutlass_baseline.so"
 PYTHON = "python3.12"  # what GPU machines have
 # Needed for whole clips and not on such a machine; with what they need that is not there either.
 PACKAGES = ("diffusers", "importlib_metadata", "lazy_importer")
@@ -117,8 +118,11 @@ def cutlass_headers() -> list[Path]:
     return sorted(found)
 
 
-def prepare(kit: Path = KIT) -> dict[str, Any]:
-    """Fill the folder; what is in it, with sizes. The kernels must have been built."""
+def prepare(kit: Path = KIT, *, cutlass: bool = False) -> dict[str, Any]:
+    """Fill the folder; what is in it, with sizes. The kernels must have been built.
+
+    `cutlass`: compile its collective product too, which takes minutes (the plan "baselines").
+    """
     library = PACKAGE / KERNELS
     if not library.is_file():
         raise SystemExit(f"gpu-kit: {library.name} is not built: nvcc is needed (make build)")
@@ -127,6 +131,10 @@ def prepare(kit: Path = KIT) -> dict[str, Any]:
         aside.mkdir()
         shutil.copy2(library, aside / KERNELS)
         subprocess.run(probe_command(aside / PROBE), check=True)
+        if cutlass:
+            from cutlass_baseline import compile_command
+
+            subprocess.run(compile_command(aside / CUTLASS), check=True)
         _build_packages(aside / "build-site")
         _wheels(aside / "site")
         python = python312()
@@ -273,8 +281,10 @@ def _loads(target: Path, facts: dict[str, Any]) -> bool:
     return done.returncode == 0
 
 
-def main() -> int:
-    sizes = prepare()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Prepare build/gpu-kit for a run on a bare GPU machine.")
+    parser.add_argument("--cutlass", action="store_true", help="with CUTLASS's own product; takes minutes")
+    sizes = prepare(cutlass=parser.parse_args(argv).cutlass)
     for name, size in sizes.items():
         print(f"  {name:<40} {size / 2**20:8.2f} MiB")
     print(f"build/gpu-kit: {sum(sizes.values()) / 2**20:.1f} MiB of {MAX_BYTES >> 20}")

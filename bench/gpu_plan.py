@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import baseline_cases
 import decoder_cases
 import gpu_groups
 import kernel_cases
@@ -71,6 +72,12 @@ def timed(name: str, seconds: float, what: str, *builders: gpu_groups.Builder) -
     )
 
 
+def compared(name: str, seconds: float, what: str, *builders: gpu_groups.Builder) -> Group:
+    size = name.rsplit("-", 1)[1]
+    work = partial(gpu_groups.timed, builders=builders, size=size, slow=True)
+    return Group(name, seconds, what, work)
+
+
 def attention_alone(tile: str) -> Group:
     name = "attention-" + re.sub(r"\W+", "-", tile)
     select = (
@@ -86,6 +93,7 @@ def conv_alone(tile: str) -> Group:
 
 PRODUCTS = (kernel_cases.gemm_cases, kernel_cases.fused_cases)
 WINDOWS_OF_DECODER = (decoder_cases.decode_clip_cases, decoder_cases.decode_window_cases)
+LAYERS = (baseline_cases.padding_cases, baseline_cases.layer_cases)
 POINTWISE = (
     r"test_pointwise.py|gpu_kernels.py::test_((rms_norm|embed|head|updates)\[.*256p|embed_text|advance_step)"
 )
@@ -271,7 +279,25 @@ SECOND = (
         stall=90,
     ),
 )
-PLANS = {"first": PLAN, "second": SECOND}
+# What the kernels are compared with where torch's compiler takes part, which takes longer than all else.
+BASELINES = (
+    Group("facts", 5, "machine, tools, packages", gpu_groups.facts),
+    Group("ceilings", 6, "copy, matrix product, L2", gpu_groups.ceilings),
+    compared("products-compiled-256p", 150, "products beside cuBLAS and compiled epilogues", *PRODUCTS),
+    compared("attention-compiled-256p", 40, "attention beside torch's with a compiled gate", ATTENTION),
+    compared("decoder-compiled-256p", 120, "the decoder beside cuDNN, compiled", *WINDOWS_OF_DECODER),
+    compared(
+        "layers-256p", 90, "layers of the plain model, compiled; cuBLAS with and without padding", *LAYERS
+    ),
+    Group("cutlass-256p", 30, "CUTLASS's collective product", gpu_groups.cutlass),
+    Group(
+        "decoder-quality-1080p",
+        40,
+        "error, PSNR and memory of the decoder",
+        partial(gpu_groups.decoder_quality, size="1080p", latent_frames=7),
+    ),
+)
+PLANS = {"first": PLAN, "second": SECOND, "baselines": BASELINES}
 
 
 def beside(plan: tuple[Group, ...], folder: Path) -> tuple[Group, ...]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
+
+from gpu_kit import cuda_tool
 
 DUMP_SECONDS, READ_SECONDS = 8.0, 20.0
 MAX_TEXT = 400_000  # characters of what cuda-gdb says that are kept
@@ -66,7 +67,7 @@ def trigger(folder: Path) -> str | None:
 
 def start_reading(folder: Path) -> subprocess.Popen[bytes] | str:
     """Have cuda-gdb tell of the core, beside whatever comes next, into `folder`/said; in words why it cannot."""
-    program = shutil.which("cuda-gdb") or shutil.which("cuda-gdb", path="/usr/local/cuda/bin")
+    program = cuda_tool("cuda-gdb")
     if program is None:
         return "cuda-gdb is not installed"
     words = [

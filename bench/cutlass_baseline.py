@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from gpu_kit import nvcc, package_folder
 from kernel_cases import BF16, Case, Setting, Variant, gemm_cases
 from timing import Call
 
@@ -21,17 +20,14 @@ SCHEDULES = ("cooperative", "pingpong")
 
 def cutlass_include() -> list[Path]:
     """Header folders of the PyPI package nvidia-cutlass, found without importing it."""
-    spec = find_spec("cutlass_library")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the package nvidia-cutlass is not installed: no CUTLASS headers")
-    source = Path(spec.submodule_search_locations[0]) / "source"
+    source = package_folder("cutlass_library") / "source"
     return [source / "include", source / "tools" / "util" / "include"]
 
 
 def compile_command(library: Path) -> list[str | Path]:
     """The nvcc call that makes `library`; about two minutes."""
     words: list[str | Path] = [
-        shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc",
+        nvcc(),
         "-std=c++20",
         "-O3",
         "-shared",

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,7 +62,7 @@ def facts(child: Child) -> None:
         torch.zeros(1, device="cuda")
     child.add("fact", {"machine": describe_machine()})
     names = ("nvcc", "ncu", "compute-sanitizer", "cuda-gdb", "nvidia-smi", "cuobjdump")
-    tools = {name: shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin") for name in names}
+    tools = {name: gpu_kit.cuda_tool(name) for name in names}
     packages = {d.metadata["Name"]: d.version for d in distributions()}
     wanted = ("torch", "numpy", "pytest", "pybind11", "triton", "transformers", "diffusers", "safetensors")
     child.add("fact", {"tools": tools, "packages": {name: packages.get(name) for name in wanted}})
@@ -84,6 +83,14 @@ def ceilings(child: Child) -> None:
         child.end("L2")
 
 
+def ceilings_of(child: Child) -> Ceilings:
+    """The run's, or where it has none, measured now."""
+    known = child.ceilings()
+    if known is None:
+        return measure_ceilings(child.device)
+    return Ceilings(*(known[field.name] for field in dataclasses.fields(Ceilings)))
+
+
 def probe_library(folder: Path) -> Path:
     """The kit's probe of L2, or without a kit one compiled into `folder`."""
     probe = gpu_kit.KIT / gpu_kit.PROBE
@@ -94,7 +101,7 @@ def probe_library(folder: Path) -> Path:
 
 
 def l2_throughput(library: Path) -> list[dict[str, float]]:
-    """Bytes a second, and a clock and multiprocessor at the clock that nvidia-smi shows, for buffers of some sizes."""
+    """Bytes a second for buffers of some sizes, of which the last does not fit."""
     functions = ctypes.CDLL(str(library))
     functions.l2_read_bytes.restype = ctypes.c_int64
     blocks = 2 * torch.cuda.get_device_properties(0).multi_processor_count
@@ -135,12 +142,7 @@ def timed(
     s = setting_of(child, size)
     if other is not None and child.on_gpu:
         load_kernels(other)
-    known = child.ceilings()
-    limits = (
-        measure_ceilings(child.device)
-        if known is None
-        else Ceilings(*(known[f.name] for f in dataclasses.fields(Ceilings)))
-    )
+    limits = ceilings_of(child)
     # On a GPU the state, at both ends: clocks may fall meanwhile.
     child.add("fact", {"state": gpu_state()})
     found: list[Result] = []
@@ -157,8 +159,7 @@ def timed(
             case = dataclasses.replace(case, variants=(subject,))
         if child.begin(step):
             options: dict[str, Any] = dict(BRIEF if child.on_gpu else QUICK)
-            told = failing(child, case)
-            run_case(case, child.device, limits, keep, told, at_once=child.record, **options)
+            run_case(case, child.device, limits, keep, failing(child), at_once=child.record, **options)
             child.end(step)
     for result in baseline_cases.extrapolated_step(found, s.clip.name):
         child.result(result)
@@ -173,9 +174,9 @@ def cutlass(child: Child) -> None:
         library = gpu_kit.KIT / gpu_kit.CUTLASS
         if not library.is_file():
             raise SystemExit(f"the kit holds no {library.name}: bench/gpu_kit.py --cutlass")
-        limits = measure_ceilings(child.device)
+        limits = ceilings_of(child)
         for case in cutlass_baseline.cases(gpu_setting("256p"), library):
-            run_case(case, child.device, limits, child.result, failing(child, case), **BRIEF)
+            run_case(case, child.device, limits, child.result, failing(child), **BRIEF)
     child.end("CUTLASS")
 
 
@@ -197,7 +198,7 @@ def quick_variants(cases: Iterable[Case]) -> Iterator[Case]:
         yield dataclasses.replace(case, variants=(subject, *kept))
 
 
-def failing(child: Child, case: Case) -> Callable[[str, str, str, Exception], None]:
+def failing(child: Child) -> Callable[[str, str, str, Exception], None]:
     """Record an error; where the device answers no more, leave."""
 
     def fail(op: str, shape: str, variant: str, error: Exception) -> None:
@@ -269,10 +270,6 @@ def command(words: Sequence[str | Path], **environment: str) -> int:
     return subprocess.run(list(map(str, words)), cwd=ROOT, env=os.environ | environment).returncode
 
 
-def tool(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-
-
 def sanitize(child: Child, name: str) -> None:
     """compute-sanitizer over one launch of every operation."""
     if not child.begin(name):
@@ -282,7 +279,7 @@ def sanitize(child: Child, name: str) -> None:
         child.add("fact", {name: "not run: no GPU"})
         child.end(name)
         return
-    program = tool("compute-sanitizer")
+    program = gpu_kit.cuda_tool("compute-sanitizer")
     if program is None:
         raise SystemExit("compute-sanitizer is not installed")
     words = [program, "--tool", name, "--error-exitcode", "99", "--print-limit", "20"]
@@ -307,7 +304,7 @@ def counters(child: Child, op: str) -> None:
         child.add("fact", {f"counters {op}": "not run: no GPU"})
         child.end(f"counters {op}")
         return
-    program = tool("ncu")
+    program = gpu_kit.cuda_tool("ncu")
     if program is None:
         raise SystemExit("ncu is not installed")
     words = [program, "--clock-control", "none", "--target-processes", "application-only"]

@@ -10,6 +10,7 @@ resort everything by CMake.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -36,12 +37,27 @@ PACKAGES = ("diffusers", "importlib_metadata", "lazy_importer")
 MAX_BYTES = 60 << 20
 
 
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, which need not be on the path."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def nvcc() -> str:
+    program = cuda_tool("nvcc")
+    if program is None:
+        raise SystemExit("nvcc is not installed")
+    return program
+
+
+def asked(python: str | Path, what: str) -> str:
+    """What an interpreter's `sysconfig` says."""
+    words = [python, "-c", f"import sysconfig; print(sysconfig.{what})"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def binding_command(python: str | Path, pybind11: Path, kernels: Path, target: Path) -> list[str | Path]:
     """Compile the binding for an interpreter, over a kernel library; a few seconds."""
-    question = "import sysconfig; print(sysconfig.get_path('include'))"
-    include = subprocess.run(
-        [python, "-c", question], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    include = asked(python, "get_path('include')")
     return [
         os.environ.get("CXX", "g++"),
         *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-DMAGIHUMAN_MODULE=_C"),
@@ -52,25 +68,22 @@ def binding_command(python: str | Path, pybind11: Path, kernels: Path, target: P
 
 
 def binding_name(python: str | Path) -> str:
-    question = "import sysconfig; print('_C' + sysconfig.get_config_var('EXT_SUFFIX'))"
-    return subprocess.run([python, "-c", question], capture_output=True, text=True, check=True).stdout.strip()
+    return "_C" + asked(python, "get_config_var('EXT_SUFFIX')")
 
 
 def probe_command(target: Path) -> list[str | Path]:
     """Compile the L2 probe."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     flags = ("-std=c++20", "-O3", "-shared", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC")
-    return [nvcc, *flags, "-o", target, Path(__file__).with_name("l2_read.cu")]
+    return [nvcc(), *flags, "-o", target, Path(__file__).with_name("l2_read.cu")]
 
 
 def python312() -> str | None:
     """An interpreter of the machine's version with headers, if there is one here."""
     found = [shutil.which(PYTHON), *map(str, sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python")))]
     for python in filter(None, found):
-        question = "import sysconfig; print(sysconfig.get_path('include'))"
-        done = subprocess.run([python, "-c", question], capture_output=True, text=True)
-        if done.returncode == 0 and Path(done.stdout.strip(), "Python.h").is_file():
-            return python
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            if Path(asked(python, "get_path('include')"), "Python.h").is_file():
+                return python
     return None
 
 
@@ -97,17 +110,16 @@ def package_folder(name: str) -> Path:
     """Where a package lies, without importing it."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"gpu-kit: the package {name} is not installed")
+        raise SystemExit(f"the package {name} is not installed")
     return Path(spec.submodule_search_locations[0])
 
 
 def cutlass_headers() -> list[Path]:
     """Those that the kernels include, relative to CUTLASS's include folder, as nvcc finds them."""
     include = package_folder("cutlass_library") / "source" / "include"
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     found: set[Path] = set()
     for source in sorted((ROOT / "csrc").glob("*/*.cu")):
-        words = [nvcc, "-std=c++20", "-M", "-gencode=arch=compute_90a,code=sm_90a"]
+        words = [nvcc(), "-std=c++20", "-M", "-gencode=arch=compute_90a,code=sm_90a"]
         words += [f"-I{ROOT / 'csrc'}", f"-I{include}", str(source)]
         text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
         found |= {

@@ -66,16 +66,9 @@ def checked(
     return Group(name, seconds, what, Tests(files, gpu, sim), stall, dumps=True)
 
 
-def timed(name: str, seconds: float, what: str, *builders: gpu_groups.Builder) -> Group:
-    return Group(
-        name, seconds, what, partial(gpu_groups.timed, builders=builders, size=name.rsplit("-", 1)[1])
-    )
-
-
-def compared(name: str, seconds: float, what: str, *builders: gpu_groups.Builder) -> Group:
+def timed(name: str, seconds: float, what: str, *builders: gpu_groups.Builder, slow: bool = False) -> Group:
     size = name.rsplit("-", 1)[1]
-    work = partial(gpu_groups.timed, builders=builders, size=size, slow=True)
-    return Group(name, seconds, what, work)
+    return Group(name, seconds, what, partial(gpu_groups.timed, builders=builders, size=size, slow=slow))
 
 
 def attention_alone(tile: str) -> Group:
@@ -283,11 +276,19 @@ SECOND = (
 BASELINES = (
     Group("facts", 5, "machine, tools, packages", gpu_groups.facts),
     Group("ceilings", 6, "copy, matrix product, L2", gpu_groups.ceilings),
-    compared("products-compiled-256p", 150, "products beside cuBLAS and compiled epilogues", *PRODUCTS),
-    compared("attention-compiled-256p", 40, "attention beside torch's with a compiled gate", ATTENTION),
-    compared("decoder-compiled-256p", 120, "the decoder beside cuDNN, compiled", *WINDOWS_OF_DECODER),
-    compared(
-        "layers-256p", 90, "layers of the plain model, compiled; cuBLAS with and without padding", *LAYERS
+    timed(
+        "products-compiled-256p", 150, "products beside cuBLAS and compiled epilogues", *PRODUCTS, slow=True
+    ),
+    timed(
+        "attention-compiled-256p", 40, "attention beside torch's with a compiled gate", ATTENTION, slow=True
+    ),
+    timed("decoder-compiled-256p", 120, "the decoder beside cuDNN, compiled", *WINDOWS_OF_DECODER, slow=True),
+    timed(
+        "layers-256p",
+        90,
+        "layers of the plain model, compiled; cuBLAS with and without padding",
+        *LAYERS,
+        slow=True,
     ),
     Group("cutlass-256p", 30, "CUTLASS's collective product", gpu_groups.cutlass),
     Group(

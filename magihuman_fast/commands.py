@@ -13,16 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import benchmark, kernel_trust, media, ops
+from . import benchmark, kernel_trust, ops
 from .checkpoint_check import CheckReport, check_checkpoint
 from .config import IMAGE_VAE_FOLDER, SUPER_RESOLUTIONS, VARIANTS
 from .environment import available_memory, cpu_bf16_instructions, cuda_devices, describe_machine
 from .errors import InputError, OutputError
+from .file_paths import check_output_path
 from .kernel_check_cases import CASES
 from .loading import resolve_device
 from .memory_estimate import bytes_text
+from .picture_files import load_image
 from .pipeline import MagiHumanPipeline
 from .request import check_request, load_driving_audio
+from .sound_files import DRIVING_SAMPLE_RATE
 from .synthetic import write_checkpoint
 from .synthetic.disk_size import checkpoint_bytes
 from .weights import open_checkpoint
@@ -65,7 +68,7 @@ class Progress:
 
 def generate(args: argparse.Namespace) -> Answer:
     """Make a video; everything that can be refused is refused before the model is loaded."""
-    output = media.check_output_path(args.output)
+    output = check_output_path(args.output)
     prompt = _prompt(args)
     request = _checked_request(args)
     if args.precision == "bf16" and resolve_device(args.device).type == "cpu" and not cpu_bf16_instructions():
@@ -165,12 +168,12 @@ def _checked_request(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--image needs the image VAE: expected {args.model / IMAGE_VAE_FOLDER}, or --image-vae DIR"
             )
-        found["image"] = media.load_image(args.image)
+        found["image"] = load_image(args.image)
     if args.audio is not None:
         waveform = load_driving_audio(args.audio, args.seconds)
         assert waveform is not None
         found["audio"] = waveform
-        found["seconds"] = waveform.shape[1] / media.DRIVING_SAMPLE_RATE
+        found["seconds"] = waveform.shape[1] / DRIVING_SAMPLE_RATE
     return found
 
 

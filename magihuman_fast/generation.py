@@ -16,7 +16,8 @@ import torch
 
 from . import config, media
 from .errors import Cancelled
-from .request import PathLike
+from .file_paths import PathLike
+from .request import Request
 
 T = TypeVar("T")
 OnStep = Callable[[str, int, int], object]
@@ -104,6 +105,20 @@ class Stages:
             # This stream, not the device: what runs beside it is not part of the stage.
             torch.cuda.current_stream(self._device).synchronize()
         self.timings[stage] = time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked, with its picture and sound loaded."""
+
+    request: Request
+    prompts: list[str]  # and the negative prompt, where something is guided
+    pixels: tuple[torch.Tensor | None, torch.Tensor | None]  # the reference image for either stage
+    waveform: torch.Tensor | None
+    seconds: float
+    seed: int
+    sr_guidance: bool
+    stages: Stages
 
 
 class Beside:

@@ -27,6 +27,7 @@ from .diffusers_vae import (
 )
 from .errors import CheckpointError, InputError
 from .latent_statistics import LATENT_MEAN, LATENT_STD
+from .picture_files import to_rgb
 from .weights import check_state_dict, load_torch_file, open_checkpoint, read_json, shapes_of
 
 if TYPE_CHECKING:
@@ -107,34 +108,6 @@ def preprocess_image(image: Image | np.ndarray, width: int, height: int) -> torc
     resized = upright.crop((left, top, right, bottom)).resize((width, height), Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1)
     return (2.0 * (pixels / 255.0) - 1.0).contiguous()
-
-
-def to_rgb(image: object) -> Image:
-    """Any PIL image, turned upright by its EXIF orientation, or uint8 (H, W, 3), as RGB; alpha is dropped.
-
-    Raises:
-        InputError: not an image, empty, unreadable, or of a mode without a fixed range.
-    """
-    from PIL import Image, ImageOps
-
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise InputError(f"image array must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-        return Image.fromarray(np.ascontiguousarray(image))
-    if not isinstance(image, Image.Image):
-        raise InputError(f"image must be a PIL image or a uint8 array (H, W, 3), got {type(image).__name__}")
-    if not image.width or not image.height:
-        raise InputError(f"image is empty: {image.width}x{image.height}")
-    if image.mode in ("I", "F"):
-        raise InputError(f"image mode {image.mode!r} has no fixed range; convert it to 8 bits first")
-    try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):
-            # Pillow's own conversion cuts off everything above 255.
-            upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-        return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"image cannot be read: {error}") from error
 
 
 class ImageEncoder:

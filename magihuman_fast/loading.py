@@ -17,12 +17,12 @@ from . import config, kernel_trust
 from .audio_vae import AudioVAE
 from .config import SUPER_RESOLUTIONS, VARIANTS, DiTConfig, SuperResolution, Variant, is_layer_linear
 from .errors import CheckpointError, InputError
+from .file_paths import PathLike
 from .image_encoder import ImageEncoder
 from .memory_estimate import Model, tensors_of
 from .memory_plan import PLACES, ModelSizes, check_place, choose_place, device_capacity, memory_plan
 from .ops import gpu_unavailable
 from .reference.dit import DiT, infer_config
-from .request import PathLike
 from .text_encoder import TextEncoder, TextEncoderOnDisk
 from .turbo_vae import TurboVAE
 from .weights import open_checkpoint

@@ -1,157 +1,26 @@
-"""Files in and out: reference images and driving audio (MODEL.md section 6), mp4 (section 9), previews."""
+"""Files out: mp4 (MODEL.md section 9) and previews."""
 
 from __future__ import annotations
 
 import logging
-import math
-import os
-import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from .config import FPS, SAMPLE_RATE
-from .errors import InputError, MagiHumanError, OutputError
-from .image_encoder import to_rgb
-
-if TYPE_CHECKING:
-    import PIL.Image
+from .errors import InputError, OutputError
+from .file_paths import PathLike, atomic_output, check_output_path
 
 logger = logging.getLogger(__name__)
 
-DRIVING_SAMPLE_RATE = 51200  # of driving audio as the encoder takes it: 25 latents of 2048 samples a second
-_MAX_IMAGE_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB
-# Closed lists, because other readers do more than read: EPS runs Ghostscript, playlists open other addresses.
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-_AUDIO_FORMATS = "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,matroska,avi,mpegts"
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 _AAC_BIT_RATE = 192_000
 _X264_THREADS = 8  # fixed: the encoded bytes depend on the number of threads
 
-PathLike = str | os.PathLike[str]
 Samples = np.ndarray[Any, Any] | torch.Tensor
-
-
-def load_image(path: PathLike) -> PIL.Image.Image:
-    """Read an image file as RGB, turned upright as its EXIF data says.
-
-    Raises:
-        InputError: no such file, not an image of a known format, truncated, or over 89 million pixels.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    path = _require_input(path, "image")
-    try:
-        with Image.open(path, formats=_IMAGE_FORMATS) as image:
-            if image.width * image.height > _MAX_IMAGE_PIXELS:
-                size = f"{image.width}x{image.height}"
-                raise InputError(f"expected at most {_MAX_IMAGE_PIXELS} pixels, got {size}")
-            return to_rgb(image)
-    except InputError as error:
-        raise InputError(f"image {path}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"image {path}: expected one of {', '.join(_IMAGE_FORMATS)}: {error}") from error
-    except Exception as error:  # damaged files: OSError, SyntaxError, struct.error and others
-        raise InputError(f"image {path}: cannot be read: {error}") from error
-
-
-def load_audio(
-    path: PathLike,
-    sample_rate: int = DRIVING_SAMPLE_RATE,
-    *,
-    seconds: float | None = None,
-) -> torch.Tensor:
-    """Read the first sound track of an audio or video file as float32 `(2, n)`, one channel given twice.
-
-    Its channels are averaged and resampled to `sample_rate`. With `seconds`, decoding stops there;
-    the result is shorter where the file is.
-
-    Raises:
-        InputError: no such file, no sound in it, or sound that cannot be decoded.
-    """
-    import av
-
-    path = _require_input(path, "audio")
-    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-        raise InputError(f"seconds: expected a positive number, got {seconds}")
-    limit = None if seconds is None else round(seconds * sample_rate)
-    options = {"format_whitelist": _AUDIO_FORMATS, "protocol_whitelist": "file"}
-    parts: list[np.ndarray[Any, Any]] = []
-    try:
-        with av.open(str(path.absolute()), options=options) as container:
-            if not container.streams.audio:
-                raise InputError(f"audio {path}: expected a sound track, found none")
-            # Channels are averaged here: for floats libswresample's own downmix sums them at 0.7 each.
-            resampler = av.AudioResampler(format="fltp", rate=sample_rate)
-            total = 0
-            for frame in _with_flush(container.decode(container.streams.audio[0])):
-                for out in resampler.resample(frame):
-                    parts.append(out.to_ndarray().mean(axis=0, dtype=np.float32))
-                    total += len(parts[-1])
-                if limit is not None and total >= limit:
-                    break
-    except InputError:
-        raise
-    except (av.FFmpegError, ValueError, OSError) as error:
-        raise InputError(f"audio {path}: cannot be decoded: {error}") from error
-    if not sum(map(len, parts)):
-        raise InputError(f"audio {path}: expected sound, found an empty track")
-    mono = torch.from_numpy(np.concatenate(parts)[:limit])
-    if not torch.isfinite(mono).all():
-        raise InputError(f"audio {path}: expected finite samples, found NaN or infinity")
-    return mono.repeat(2, 1)
-
-
-def check_output_path(path: PathLike, suffix: str = ".mp4") -> Path:
-    """Return `path` if a file of that name can be written; ask before any work is done.
-
-    Raises:
-        OutputError: wrong suffix, `path` is a folder, or its folder is missing or not writable.
-    """
-    path = Path(path)
-    if path.suffix.lower() != suffix:
-        raise OutputError(f"{path}: expected a name that ends in {suffix}, got {path.suffix!r}")
-    try:
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: expected an existing folder, got {path.parent}")
-        if path.exists() and not path.is_file():
-            raise OutputError(f"{path}: expected a file name, found a folder or device of that name")
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: expected a writable folder, got {path.parent}")
-    return path
-
-
-@contextmanager
-def atomic_output(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it becomes `path`, on any failure it is removed.
-
-    Raises:
-        OutputError: for any `OSError` of the body or of the renaming.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
-    try:
-        try:
-            # Created here: an existing file is never written to, and permissions follow the umask.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except MagiHumanError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
 
 
 def write_video(
@@ -313,22 +182,6 @@ def write_waveform_plot(path: PathLike, audio: Samples, sample_rate: int = SAMPL
     axes[-1].set_xlabel("seconds")
     with atomic_output(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
-
-
-def _require_input(path: PathLike, what: str) -> Path:
-    path = Path(path)
-    try:
-        if path.is_file():
-            return path
-        found = "something that is no file" if path.exists() else "nothing"
-    except OSError as error:
-        raise InputError(f"{what} {path}: cannot be read: {error}") from error
-    raise InputError(f"{what} {path}: expected a file, found {found}")
-
-
-def _with_flush(frames: Iterator[Any]) -> Iterator[Any]:
-    yield from frames
-    yield None
 
 
 def _checked_chunk(chunk: Samples) -> np.ndarray[Any, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -16,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import config, media, sampler
+from . import config, sampler
 from .audio_vae import AudioVAE
 from .config import SuperResolution, Variant
 from .dit import ClipShape
 from .engine import Engine, Stage
 from .errors import InputError
-from .generation import Beside, CancelEvent, EitherEvent, GenerationResult, OnStep, Stages
+from .file_paths import PathLike
+from .generation import Beside, CancelEvent, EitherEvent, GenerationResult, Job, OnStep, Stages
 from .graph import StepSpec
 from .image_encoder import ImageEncoder, preprocess_image
 from .kernel_launch import side_stream
@@ -30,9 +30,11 @@ from .loading import OnLoad, load_components, measured_sizes
 from .memory_estimate import Model
 from .memory_plan import MemoryPlan, check_request, device_capacity, memory_plan
 from .ops import Backend
+from .picture_files import load_image
 from .reference.dit import DiT
-from .request import PathLike, Request, load_driving_audio
+from .request import Request, load_driving_audio
 from .request import check_request as check_arguments
+from .sound_files import DRIVING_SAMPLE_RATE
 from .text_encoder import TextEncoder, TextEncoderOnDisk, load_negative_prompt
 from .turbo_vae import TurboVAE
 
@@ -40,20 +42,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A request that was checked, with its picture and sound loaded."""
-
-    request: Request
-    prompts: list[str]  # and the negative prompt, where something is guided
-    pixels: tuple[torch.Tensor | None, torch.Tensor | None]  # the reference image for either stage
-    waveform: torch.Tensor | None
-    seconds: float
-    seed: int
-    sr_guidance: bool
-    stages: Stages
 
 
 @dataclass(frozen=True)
@@ -300,16 +288,16 @@ class MagiHumanPipeline:
         prompts = [prompt, null_prompt] if guided else [prompt]
         pixels = self._load_image(image, request)
         waveform = load_driving_audio(audio, seconds)
-        length = seconds if waveform is None else waveform.shape[1] / media.DRIVING_SAMPLE_RATE
+        length = seconds if waveform is None else waveform.shape[1] / DRIVING_SAMPLE_RATE
         keys = self._steps(request, config.audio_latents(length), sr_guidance)
         stages = Stages(self.device, on_step, cancel)
-        job = _Job(request, prompts, pixels, waveform, seconds, seed, sr_guidance, stages)
+        job = Job(request, prompts, pixels, waveform, seconds, seed, sr_guidance, stages)
         if self.device.type != "cuda":
             return self._generate(job, self._reserve(keys))
         with stages.turn(self._turn):
             return self._generate(job, self._reserve(keys))
 
-    def _generate(self, job: _Job, room: _Room) -> GenerationResult:
+    def _generate(self, job: Job, room: _Room) -> GenerationResult:
         request, stages = job.request, job.stages
         started = time.perf_counter()
         generator = torch.Generator(self.device).manual_seed(job.seed)
@@ -435,7 +423,7 @@ class MagiHumanPipeline:
                 "image: this pipeline was loaded without an image VAE; pass image_vae= to from_pretrained, or put "
                 f"{config.IMAGE_VAE_FOLDER} below the checkpoint's root"
             )
-        picture = media.load_image(image) if isinstance(image, (str, os.PathLike)) else image
+        picture = load_image(image)
         pixels = preprocess_image(picture, *request.size)
         return pixels, None if self.sr is None else preprocess_image(picture, *request.sr_size)
 

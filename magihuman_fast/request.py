@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import config, media, sampler
+from . import config, sampler
 from .config import SuperResolution, Variant
 from .errors import InputError
+from .file_paths import PathLike
+from .sound_files import DRIVING_SAMPLE_RATE, load_audio
 
 log = logging.getLogger(__name__)
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def load_driving_audio(
     """Driving sound as (2, n) float32 at 51200 Hz, at most `seconds` long."""
     if audio is None:
         return None
-    rate = media.DRIVING_SAMPLE_RATE
+    rate = DRIVING_SAMPLE_RATE
     if isinstance(audio, (str, os.PathLike)):
-        waveform = media.load_audio(audio, seconds=seconds + 0.1)  # enough to see that there is more
+        waveform = load_audio(audio, seconds=seconds + 0.1)  # enough to see that there is more
     else:
         try:
             waveform = torch.as_tensor(audio)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import service
 from magihuman_fast import MagiHumanPipeline
-from magihuman_fast.media import load_audio
+from magihuman_fast.sound_files import load_audio
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = {"prompt": "He says hello.", "seconds": 1, "width": 64, "height": 64, "steps": 2}

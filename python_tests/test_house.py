@@ -23,7 +23,8 @@ MAX_LINES = 450
 # that are not named here. The package's own __init__ is the façade over all of them: none of them may import it.
 IMPORT_ORDER = (
     ("errors", "config", "latent_statistics", "turbo_vae_config", "conv_precision"),
-    ("weights",),
+    ("file_paths", "weights"),
+    ("picture_files", "sound_files"),
     ("packing",),
     ("reference", "reference.dit", "reference.turbo_vae", "conv_weights", "decode_plan"),
     ("tensor_checks", "kernel_launch"),

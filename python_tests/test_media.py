@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import socket
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,174 +12,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import soundfile
 import torch
 from PIL import Image
 
 from magihuman_fast import media
 from magihuman_fast.errors import Cancelled, InputError, OutputError
+from media_cases import RATE, clip, peak_frequency, stereo
 from numerics import rel_err
-
-RATE = 44100
-
-
-def tone(seconds: float, rate: int, frequency: float = 440.0, level: float = 0.5) -> np.ndarray:
-    """(n,) float32 sine."""
-    return (level * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(
-        np.float32
-    )
-
-
-def stereo(seconds: float, frequency: float = 440.0) -> np.ndarray:
-    return np.stack([tone(seconds, RATE, frequency)] * 2, axis=1)
-
-
-def peak_frequency(samples: torch.Tensor, rate: int) -> float:
-    spectrum = torch.fft.rfft(samples.double()).abs()
-    return float(spectrum.argmax()) * rate / len(samples)
-
-
-def clip(count: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """uint8 (count, height, width, 3): frame i is a flat grey that rises with i."""
-    greys = np.linspace(20, 235, count).astype(np.uint8)
-    return np.broadcast_to(greys[:, None, None, None], (count, height, width, 3)).copy()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and holds no pixels."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    end = b"IEND"
-    parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, end))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-class TestImage:
-    def test_is_rgb_and_upright(self, tmp_path: Path) -> None:
-        pixels = np.zeros((20, 30, 3), np.uint8)
-        pixels[:, :10] = (250, 10, 10)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned a quarter clockwise
-        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-        image = media.load_image(tmp_path / "a.png")
-        assert (image.mode, image.size) == ("RGB", (20, 30))
-        assert np.array_equal(np.asarray(image), np.rot90(pixels, -1))
-
-    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-    def test_other_modes_become_rgb(self, tmp_path: Path, mode: str) -> None:
-        path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
-        Image.new("RGB", (8, 4), (204, 204, 204)).convert(mode).save(path)
-        image = media.load_image(str(path))
-        assert image.mode == "RGB"
-        assert image.getpixel((3, 3)) == (204, 204, 204)
-
-    def test_jpeg_of_a_camera_with_two_pictures(self, tmp_path: Path) -> None:
-        first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (8, 8), "blue")
-        first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
-        image = media.load_image(tmp_path / "a.jpg")
-        assert image.size == (16, 16)
-        assert np.asarray(image)[8, 8, 0] > 240
-
-    def test_text_is_refused_with_the_known_formats(self, tmp_path: Path) -> None:
-        (tmp_path / "a.png").write_text("not an image")
-        with pytest.raises(InputError, match=r"a\.png: expected one of PNG, JPEG"):
-            media.load_image(tmp_path / "a.png")
-
-    def test_unreadable_is_refused_by_name(self, tmp_path: Path) -> None:
-        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        for suffix in ("png", "jpg"):
-            Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
-            data = (tmp_path / f"whole.{suffix}").read_bytes()
-            (tmp_path / f"cut.{suffix}").write_bytes(data[: len(data) // 2])
-        (tmp_path / "text.png").write_text("not an image")
-        (tmp_path / "empty.png").touch()
-        (tmp_path / "folder.png").mkdir()
-        (tmp_path / "bomb.png").write_bytes(png_header(10_000, 9_000))
-        (tmp_path / "larger_bomb.png").write_bytes(png_header(60_000, 60_000))
-        for name in ("script.eps", "other.ppm"):
-            Image.fromarray(noise).save(tmp_path / name)
-        names = ["cut.png", "cut.jpg", "text.png", "empty.png", "folder.png", "bomb.png", "larger_bomb.png"]
-        for name in [*names, "script.eps", "other.ppm", "missing.png", "x" * 300 + ".png"]:
-            with pytest.raises(InputError, match=name):
-                media.load_image(tmp_path / name)
-
-    def test_too_many_pixels_are_refused_before_decoding(self, tmp_path: Path) -> None:
-        (tmp_path / "bomb.png").write_bytes(png_header(10_000, 9_000))
-        with pytest.raises(InputError, match="at most 89478485 pixels, got 10000x9000"):
-            media.load_image(tmp_path / "bomb.png")
-
-
-class TestAudio:
-    @pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.flac", "a.ogg"])
-    def test_channels_are_averaged_and_resampled_to_51200(self, tmp_path: Path, name: str) -> None:
-        left_only = np.stack([tone(1.0, 48000, 300.0, level=0.8), np.zeros(48000, np.float32)], axis=1)
-        soundfile.write(tmp_path / name, left_only, 48000)
-        out = media.load_audio(tmp_path / name)
-        assert out.dtype == torch.float32
-        assert out.shape[0] == 2
-        assert abs(out.shape[1] - 51200) <= 1600
-        assert torch.equal(out[0], out[1])
-        middle = out[0, 10_000:40_000]
-        assert abs(peak_frequency(middle, 51200) - 300) < 2
-        assert abs(float(middle.abs().max()) - 0.4) < 0.02
-
-    def test_resampling_keeps_the_waveform(self, tmp_path: Path) -> None:
-        soundfile.write(tmp_path / "a.wav", tone(1.0, 44100), 44100, subtype="FLOAT")
-        out = media.load_audio(tmp_path / "a.wav")
-        assert out.shape == (2, 51200)
-        inner = slice(1000, -1000)
-        assert rel_err(out[0, inner], torch.from_numpy(tone(1.0, 51200))[inner]) < 1e-3
-
-    def test_seconds_stops_decoding(self, tmp_path: Path) -> None:
-        soundfile.write(tmp_path / "a.wav", tone(2.0, 44100), 44100)
-        whole = media.load_audio(tmp_path / "a.wav")
-        part = media.load_audio(tmp_path / "a.wav", seconds=0.3)
-        assert part.shape == (2, 15360)
-        assert torch.equal(part, whole[:, :15360])
-        assert torch.equal(media.load_audio(tmp_path / "a.wav", seconds=9.0), whole)
-        assert media.load_audio(tmp_path / "a.wav", 16000, seconds=0.5).shape == (2, 8000)
-
-    def test_sound_of_a_video(self, tmp_path: Path) -> None:
-        media.write_video(tmp_path / "a.mp4", clip(25), stereo(1.0, 700.0))
-        out = media.load_audio(tmp_path / "a.mp4")
-        assert abs(out.shape[1] - 51200) <= 1200  # AAC comes in blocks of 1024 samples at 44100 Hz
-        assert abs(peak_frequency(out[0], 51200) - 700) < 2
-
-    def test_unreadable_is_refused_by_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def no_network(*args: object) -> None:
-            pytest.fail("the network was used")
-
-        monkeypatch.setattr(socket.socket, "connect", no_network)
-        media.write_video(tmp_path / "silent.mp4", clip(3), None)
-        soundfile.write(tmp_path / "no_samples.wav", np.zeros(0, np.float32), 44100)
-        soundfile.write(tmp_path / "nan.wav", np.full(9000, np.nan, np.float32), 44100, subtype="FLOAT")
-        soundfile.write(tmp_path / "a.wav", tone(0.2, 44100), 44100)
-        (tmp_path / "text.mp3").write_text("no sound")
-        (tmp_path / "empty.wav").touch()
-        (tmp_path / "folder.wav").mkdir()
-        lists = {
-            "list.m3u8": "#EXTM3U\n#EXTINF:1,\na.wav\n",
-            "list.ffconcat": "ffconcat version 1.0\nfile a.wav\n",
-        }
-        for name, content in lists.items():
-            (tmp_path / name).write_text(content)
-        names = [
-            "silent.mp4",
-            "no_samples.wav",
-            "nan.wav",
-            "text.mp3",
-            "empty.wav",
-            "folder.wav",
-            "missing.wav",
-        ]
-        for name in [*names, *lists]:
-            with pytest.raises(InputError, match=f"audio .*{name}"):
-                media.load_audio(tmp_path / name)
-
-    @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-    def test_bad_length_is_refused(self, tmp_path: Path, seconds: float) -> None:
-        soundfile.write(tmp_path / "a.wav", tone(0.2, 44100), 44100)
-        with pytest.raises(InputError, match="seconds"):
-            media.load_audio(tmp_path / "a.wav", seconds=seconds)
 
 
 class TestVideo:
@@ -417,17 +253,3 @@ class TestPreviews:
         before = matplotlib.rcParams._get("backend")
         media.write_waveform_plot(tmp_path / "a.png", stereo(0.1))
         assert matplotlib.rcParams._get("backend") == before
-
-
-def test_sixteen_bit_greyscale_keeps_its_range(tmp_path: Path) -> None:
-    gradient = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
-    Image.fromarray(gradient).save(tmp_path / "deep.png")
-    pixels = np.asarray(media.load_image(tmp_path / "deep.png"))
-    assert pixels.shape == (64, 64, 3)
-    assert np.abs(pixels[..., 0].astype(int) - gradient // 257).max() <= 1
-
-
-def test_floating_point_picture_is_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((64, 64), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(InputError, match=r"float.tiff: image mode 'F' has no fixed range"):
-        media.load_image(tmp_path / "float.tiff")

@@ -17,8 +17,9 @@ from PIL import Image
 import magihuman_fast
 from magihuman_fast import Cancelled, CheckpointError, InputError, MagiHumanPipeline, OutputError, sampler
 from magihuman_fast.config import SUPER_RESOLUTIONS, VARIANTS, super_resolution_size
-from magihuman_fast.media import load_audio, write_video
+from magihuman_fast.media import write_video
 from magihuman_fast.request import check_request
+from magihuman_fast.sound_files import load_audio
 
 SMALL: dict[str, Any] = {"seconds": 1, "width": 64, "height": 64, "steps": 2}
 

@@ -12,7 +12,7 @@ import torch
 from ..audio_vae import PUBLISHED_CONFIG, PUBLISHED_WEIGHTS, AudioVAE
 from ..config import AUDIO_CHANNELS, SAMPLE_RATE
 from ..errors import OutputError
-from ..media import atomic_output
+from ..file_paths import atomic_output
 from .files import save_tensors
 
 Shapes = dict[str, tuple[int, ...]]

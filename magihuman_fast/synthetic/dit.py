@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 import torch
 
 from ..config import DiTConfig, is_layer_linear
-from ..media import atomic_output
+from ..file_paths import atomic_output
 from ..reference.dit import rope_bands
 from .files import save_tensors
 

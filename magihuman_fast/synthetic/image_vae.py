@@ -10,9 +10,9 @@ import torch
 
 from ..config import LATENT_CHANNELS
 from ..errors import OutputError
+from ..file_paths import atomic_output
 from ..image_encoder import PUBLISHED_FILE
 from ..latent_statistics import LATENT_MEAN, LATENT_STD
-from ..media import atomic_output
 
 Shapes = dict[str, tuple[int, ...]]
 _PATCH_CHANNELS = 12  # RGB of 2x2 pixels

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..media import atomic_output
+from ..file_paths import atomic_output
 from .files import save_tensors
 
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import OutputError
-from ..media import atomic_output
+from ..file_paths import atomic_output
 from ..reference.turbo_vae import CHECKPOINT_NAME, CONFIG_NAME, STATE_DICT_KEY
 from ..turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
 

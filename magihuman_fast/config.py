@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import Any
 
 from .errors import CheckpointError
@@ -208,9 +209,19 @@ def super_resolution_size(width: int, height: int, sr: SuperResolution) -> tuple
     return next(sides), next(sides)
 
 
-def audio_latents(seconds: float) -> int:
-    """Audio latents of a generated clip: 25 a second, and one more."""
-    return round(FPS * seconds) + 1
+def clip_frames(seconds: float) -> int:
+    """Frames of a clip: the whole frames that cover `seconds`."""
+    return ceil(round(FPS * seconds, 6))  # rounded: no frame more for an error in the last bits
+
+
+def audio_latents(seconds: float, *, driven: bool = False) -> int:
+    """Audio latents of a clip, 25 a second: as many as its latent video frames need to cover all of its frames.
+
+    A generated clip has one more than it has frames, where that is no fewer; driving sound has only what it lasts.
+    """
+    frames = clip_frames(seconds)
+    covering = VAE_TIME_STRIDE * ceil((frames - 1) / VAE_TIME_STRIDE) + 1
+    return covering if driven else max(covering, frames + 1)
 
 
 def latent_frames(num_audio: int) -> int:

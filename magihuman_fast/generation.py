@@ -115,7 +115,7 @@ class Job:
     prompts: list[str]  # and the negative prompt, where something is guided
     pixels: tuple[torch.Tensor | None, torch.Tensor | None]  # the reference image for either stage
     waveform: torch.Tensor | None
-    seconds: float
+    seconds: float  # that the clip covers
     seed: int
     sr_guidance: bool
     stages: Stages

@@ -24,12 +24,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.spawn import get_executable
 from typing import IO, Any, Literal, TextIO
 
 import torch
 
 from . import kernel_check, ops
+from .child_process import CHILD, child_command, ending
 from .kernel_check_cases import CASES
 
 log = logging.getLogger(__name__)
@@ -70,15 +70,6 @@ class Finding:
         return self.verdict == "wrong" and self.detail.startswith(TOO_LONG)
 
 
-# The child imports what its parent does, from wherever that comes.
-PROGRAM = """\
-import json, sys
-job = json.loads(sys.argv[1])
-sys.path[:] = job["path"]
-from magihuman_fast.kernel_check_child import serve
-serve(job)
-"""
-
 # Signals by which a process is ended from without: by whoever runs the machine, or by the system when memory is short.
 KILLS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 # What is said, by whichever library, where memory is short.
@@ -86,29 +77,8 @@ NO_MEMORY = re.compile(
     r"out of memory|ALLOC_FAILED|can(no|')t allocate memory|MemoryAllocation|bad_alloc|MemoryError",
     re.IGNORECASE,
 )
-# Set in a child, and only there. What was started in its place, such as the program that embeds Python, starts no more.
-CHILD = "MAGIHUMAN_FAST_KERNEL_CHECK"
 # Of the child: above all of torch's settings, NVIDIA's libraries obey the first one.
 ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0", CHILD: "1"}
-
-
-def child_command(job: dict[str, Any]) -> list[str]:
-    """Whoever embeds Python names its interpreter to `multiprocessing.set_executable`; else it is sys.executable.
-
-    Nothing is imported from the working folder but what the parent would, and what a child says is there when it
-    crashes.
-
-    Raises:
-        OSError: there is no interpreter.
-    """
-    interpreter = os.fsdecode(get_executable() or sys.executable or "")
-    if not interpreter:
-        raise OSError("the program that runs Python names no interpreter")
-    if getattr(sys, "frozen", False) and interpreter == sys.executable:
-        raise OSError("a frozen application is no interpreter")
-    if CHILD in os.environ:
-        raise OSError("this one was started to check kernels")
-    return [interpreter, "-P", "-u", "-c", PROGRAM, json.dumps(job)]
 
 
 def gpu_uuid(device: torch.device) -> str:
@@ -164,7 +134,7 @@ def _one_child(job: dict[str, Any], limits: Limits, end: float) -> tuple[list[Fi
         with open(answers, "rb", buffering=0):
             try:
                 child = subprocess.Popen(
-                    child_command(job | {"path": list(map(str, sys.path)), "answers": others_end}),
+                    child_command("kernel_check_child", job | {"answers": others_end}),
                     stdin=subprocess.PIPE,  # ends with this process
                     stdout=said,
                     stderr=said,
@@ -254,12 +224,7 @@ def _how(child: subprocess.Popen[bytes], said: IO[bytes]) -> str:
     with suppress(subprocess.TimeoutExpired):
         child.wait(5)
     code = child.returncode
-    if code is None:
-        how = "it answers no more"
-    elif code < 0:
-        how = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    else:
-        how = f"exit code {code}"
+    how = "it answers no more" if code is None else ending(code)
     lines = _lines(said)
     return f"{how}, and last said {lines[-1].strip()[:300]!r}" if lines else how
 

@@ -17,6 +17,7 @@ import torch
 
 from . import config, sampler
 from .audio_vae import AudioVAE
+from .audio_vae_config import SAMPLES_PER_LATENT
 from .config import SuperResolution, Variant
 from .dit import ClipShape
 from .engine import Engine, Stage
@@ -257,10 +258,10 @@ class MagiHumanPipeline:
         Args:
             prompt: what happens and what is said; up to 640 tokens are used.
             image: first frame: a file, a PIL image, or uint8 (H, W, 3). It is cropped to the clip's aspect ratio.
-            audio: driving sound: a file, or float32 (2, n) at 51200 Hz. Its first `seconds` set the clip's length and
-                its sound.
-            seconds: length, 1 to 60, at 25 frames a second. width, height: first-stage pixels, rounded down to a
-                multiple of 32.
+            audio: driving sound: a file, or float32 (2, n) at 51200 Hz. Its first `seconds` set the clip's length, in
+                whole frames that cover it, and its sound.
+            seconds: length, 1 to 60, in whole frames, 25 a second, that cover it.
+            width, height: first-stage pixels, rounded down to a multiple of 32.
             seed: of all noise; the same seed on the same device gives the same clip.
             steps, sr_steps: denoising steps (by default 8 distilled, 32 base, 5 super-resolution).
             sr_guidance: two forwards a super-resolution step, with guidance 3.5, instead of one.
@@ -289,9 +290,13 @@ class MagiHumanPipeline:
         pixels = self._load_image(image, request)
         waveform = load_driving_audio(audio, seconds)
         length = seconds if waveform is None else waveform.shape[1] / DRIVING_SAMPLE_RATE
-        keys = self._steps(request, config.audio_latents(length), sr_guidance)
+        latents = config.audio_latents(length, driven=waveform is not None)
+        if waveform is not None:  # to its end: silence follows up to the last latent
+            missing = latents * SAMPLES_PER_LATENT - waveform.shape[1]
+            waveform = torch.nn.functional.pad(waveform, (0, missing))
+        keys = self._steps(request, latents, sr_guidance)
         stages = Stages(self.device, on_step, cancel)
-        job = Job(request, prompts, pixels, waveform, seconds, seed, sr_guidance, stages)
+        job = Job(request, prompts, pixels, waveform, length, seed, sr_guidance, stages)
         if self.device.type != "cuda":
             return self._generate(job, self._reserve(keys))
         with stages.turn(self._turn):
@@ -363,14 +368,17 @@ class MagiHumanPipeline:
                         on_step=stages.reporter("super_resolution"),
                     )
             self.engine.make_room(room.to_decode)
-            sound = beside.start(partial(self._decode_sound, audio, stages))
+            decoded = beside.start(partial(self._decode_sound, audio, stages))
             with stages.timed("decode"):
                 clip = self.turbo_vae.decode_frames(video, on_window=stages.reporter("decode"))
             if not room.for_all:
                 self.turbo_vae.drop_buffers()
-            waveform = sound()
+            waveform = decoded()
         timings = {**stages.timings, "total": time.perf_counter() - started}
-        return GenerationResult(clip.cpu().numpy(), waveform.cpu().numpy(), timings, job.seed)
+        # Latents come four frames at a time: what goes beyond the clip ends here.
+        count = config.clip_frames(job.seconds)
+        sound = waveform[: count * config.SAMPLE_RATE // config.FPS]
+        return GenerationResult(clip[:count].cpu().numpy(), sound.cpu().numpy(), timings, job.seed)
 
     def _steps(self, request: Request, audio: int, sr_guidance: bool) -> list[tuple[Stage, StepSpec]]:
         """What a request's stages are captured for, of a clip with `audio` audio latents."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 
@@ -87,11 +88,20 @@ def check_request(
     return request
 
 
+def covered(seconds: float) -> tuple[float, int, float]:
+    """`seconds`, the frames of a clip that covers them, and how long these last."""
+    frames = config.clip_frames(seconds)
+    return seconds, frames, frames / config.FPS
+
+
 def load_driving_audio(
     audio: PathLike | np.ndarray | torch.Tensor | None, seconds: float
 ) -> torch.Tensor | None:
-    """Driving sound as (2, n) float32 at 51200 Hz, at most `seconds` long."""
+    """Driving sound as (2, n) float32 at 51200 Hz, at most `seconds` long; without any, None."""
+    frames = config.clip_frames(seconds)
     if audio is None:
+        if frames != config.FPS * seconds:
+            log.warning("%g s are no whole frames: the clip has %d and lasts %g s", *covered(seconds))
         return None
     rate = DRIVING_SAMPLE_RATE
     if isinstance(audio, (str, os.PathLike)):
@@ -109,12 +119,16 @@ def load_driving_audio(
     limit = round(seconds * rate)
     if waveform.shape[1] > limit:
         log.warning("the driving sound is longer than %g s and is cut there", seconds)
-    elif waveform.shape[1] < limit:
-        log.info("the driving sound is %.2f s long and sets the clip's length", waveform.shape[1] / rate)
     waveform = waveform[:, :limit]
-    if waveform.shape[1] < rate * config.MIN_SECONDS:
-        raise InputError(
-            f"audio: expected at least {config.MIN_SECONDS:g} s, got {waveform.shape[1] / rate:.2f} s"
+    length = waveform.shape[1] / rate
+    if length < config.MIN_SECONDS:
+        # Rounded down: what is just too short must not read as long enough.
+        got = math.floor(length * 1000) / 1000
+        raise InputError(f"audio: expected at least {config.MIN_SECONDS:g} s, got {got:.3f} s")
+    if config.clip_frames(length) < frames:
+        log.warning(
+            "the driving sound lasts %.3f s: the clip has %d frames and lasts %g s, not %g s",
+            *(*covered(length), seconds),
         )
     if not torch.isfinite(waveform).all():
         raise InputError("audio: expected finite samples, got NaN or infinity")

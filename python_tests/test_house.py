@@ -22,9 +22,10 @@ MAX_LINES = 450
 # A module may import modules of its own group and of the groups before it. A package stands for all its modules
 # that are not named here. The package's own __init__ is the façade over all of them: none of them may import it.
 IMPORT_ORDER = (
-    ("errors", "config", "latent_statistics", "turbo_vae_config", "conv_precision"),
+    ("errors", "child_process", "config", "latent_statistics", "turbo_vae_config", "conv_precision"),
     ("file_paths", "weights"),
-    ("picture_files", "sound_files"),
+    ("picture_files", "sound_decoder"),
+    ("sound_files",),
     ("packing",),
     ("reference", "reference.dit", "reference.turbo_vae", "conv_weights", "decode_plan"),
     ("tensor_checks", "kernel_launch"),

@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from kernel_findings import GPU
-from magihuman_fast import kernel_check_child
+from magihuman_fast import child_process, kernel_check_child
 from magihuman_fast.kernel_check_child import Finding, Limits, check_in_children
 from test_kernel_check import CPU, THREE
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENT = Limits(start=300, kernel=300, total=900)
-# In the place of `kernel_check_child.PROGRAM`: the same, with the simulated kernels of HEAD and RENOISE broken.
+# In the place of `child_process.PROGRAM`: the same, with the simulated kernels of HEAD and RENOISE broken.
 BROKEN = """\
 import json, os, sys
 job = json.loads(sys.argv[1])
@@ -64,7 +64,7 @@ while said.endswith('"head"}}\\n'):
 
 
 def program(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(kernel_check_child, "PROGRAM", text)
+    monkeypatch.setattr(child_process, "PROGRAM", text)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ for line in (early, b"[]", b"3", b"{}", b'{"start": 3}', b'{"end": 3}', b'{"end"
 
 
 def test_noise_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    program(monkeypatch, NOISE + kernel_check_child.PROGRAM)
+    program(monkeypatch, NOISE + child_process.PROGRAM)
     (found,) = check_in_children(["head"], CPU, "sim", PATIENT)
     assert (found.kernel, found.verdict, found.detail) == ("head", "right", "")
     program(monkeypatch, NOISE)
@@ -182,8 +182,8 @@ def test_many_open_files(speaker: Callable[[], list[int]]) -> None:
 PARENT = """\
 import os, sys
 import torch
-from magihuman_fast import kernel_check_child
-kernel_check_child.PROGRAM = '''
+from magihuman_fast import child_process, kernel_check_child
+child_process.PROGRAM = '''
 import json, os, signal, sys
 job = json.loads(sys.argv[1])
 sys.path[:] = job["path"]
@@ -240,7 +240,7 @@ def test_another_gpu_of_that_number_is_not_checked(monkeypatch: pytest.MonkeyPat
 import sys, torch
 torch.cuda.get_device_properties = lambda device: type("Properties", (), {"uuid": "GPU-2"})
 """
-    program(monkeypatch, here + kernel_check_child.PROGRAM)
+    program(monkeypatch, here + child_process.PROGRAM)
     properties = SimpleNamespace(uuid="GPU-1")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     findings = check_in_children(THREE, GPU, "gpu", PATIENT)
@@ -344,7 +344,7 @@ def test_a_child_that_never_starts_is_no_kernels_fault(
 
 
 def test_no_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernel_check_child, "get_executable", lambda: str(tmp_path / "python"))
+    monkeypatch.setattr(child_process, "get_executable", lambda: str(tmp_path / "python"))
     findings = check_in_children(THREE, CPU, "sim", PATIENT)
     assert verdicts(findings) == ["unchecked"] * 3
     assert findings[0].detail.startswith("no process could be started: ")
@@ -369,7 +369,7 @@ def test_programs_that_are_no_interpreter(
 ) -> None:
     """Started as a child, they would do once more what they do."""
     monkeypatch.setattr(sys, name, value, raising=False)
-    monkeypatch.setattr(kernel_check_child, "get_executable", lambda: sys.executable)
+    monkeypatch.setattr(child_process, "get_executable", lambda: sys.executable)
     program(monkeypatch, "raise SystemExit('started')")
     findings = check_in_children(THREE, CPU, "sim", PATIENT)
     assert verdicts(findings) == ["unchecked"] * 3
@@ -380,7 +380,7 @@ def test_a_frozen_program_may_name_an_interpreter(
     speaker: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interpreter = sys.executable
-    monkeypatch.setattr(kernel_check_child, "get_executable", lambda: os.fsencode(interpreter))
+    monkeypatch.setattr(child_process, "get_executable", lambda: os.fsencode(interpreter))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr(sys, "executable", "application")
     assert verdicts(check_in_children(["renoise_step"], CPU, "sim", PATIENT)) == ["right"]
@@ -396,16 +396,16 @@ import json, sys
 job = json.loads(sys.argv[1])
 sys.path[:] = job["path"]
 import torch
-from magihuman_fast import kernel_check_child
-kernel_check_child.PROGRAM = "raise SystemExit('a child of a child')"
+from magihuman_fast import child_process, kernel_check_child
+child_process.PROGRAM = "raise SystemExit('a child of a child')"
 cpu = torch.device("cpu")
 (found,) = kernel_check_child.check_in_children(["head"], cpu, "sim", kernel_check_child.Limits())
 open({str(said)!r}, "w").write(found.detail)
 """,
     )
     check_in_children(["head"], CPU, "sim", PATIENT)
-    assert said.read_text() == "no process could be started: this one was started to check kernels"
-    assert kernel_check_child.CHILD not in os.environ
+    assert said.read_text() == "no process could be started: this process was started to do one piece of work"
+    assert child_process.CHILD not in os.environ
 
 
 def test_the_working_folder_hides_no_module(

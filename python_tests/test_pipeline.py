@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,14 @@ from PIL import Image
 
 import magihuman_fast
 from magihuman_fast import Cancelled, CheckpointError, InputError, MagiHumanPipeline, OutputError, sampler
-from magihuman_fast.config import SUPER_RESOLUTIONS, VARIANTS, super_resolution_size
+from magihuman_fast.config import (
+    SUPER_RESOLUTIONS,
+    VARIANTS,
+    audio_latents,
+    clip_frames,
+    latent_frames,
+    super_resolution_size,
+)
 from magihuman_fast.media import write_video
 from magihuman_fast.request import check_request
 from magihuman_fast.sound_files import load_audio
@@ -44,7 +53,7 @@ def test_prompt_to_file(plain: MagiHumanPipeline, tmp_path: Path) -> None:
     assert result.frames.dtype == np.uint8
     assert result.frames.std() > 1
     assert result.audio.dtype == np.float32
-    assert result.audio.shape == (int(26 * 2048 * 441 / 512), 2)
+    assert result.audio.shape == (44100, 2)
     assert (result.fps, result.sample_rate, result.seed) == (25, 44100, 42)
     assert {"text", "denoise", "decode", "sound", "total"} == set(result.timings)
     result.save(tmp_path / "out.mp4")
@@ -116,15 +125,64 @@ def test_base_model_is_guided(tiny_checkpoint: Path) -> None:
 def test_driving_audio_sets_length_and_stays_fixed(plain: MagiHumanPipeline, tmp_path: Path) -> None:
     options = SMALL | {"seconds": 3}
     result = plain("He speaks.", audio=tone(2), **options)
-    assert len(result.frames) == 49  # 50 latents
-    assert len(result.audio) == int(50 * 2048 * 441 / 512)
+    assert len(result.frames) == 50
+    assert len(result.audio) == 2 * 44100
     write_video(tmp_path / "voice.mp4", np.zeros((50, 32, 32, 3), np.uint8), tone(2.02, 44100).T.numpy())
     from_file = plain("He speaks.", audio=tmp_path / "voice.mp4", **options)
-    assert len(from_file.frames) == 49
+    assert len(from_file.frames) == 51  # AAC comes in blocks: the last one ends after 2.02 s
     longer = plain("He speaks.", audio=tone(2), **(options | {"seconds": 1, "steps": 1}))
     assert len(longer.frames) == 25
     # More steps change the picture, never the driving sound.
     assert np.array_equal(plain("He speaks.", audio=tone(2), **(options | {"steps": 1})).audio, result.audio)
+
+
+@pytest.mark.parametrize("seconds", [1, 1.11, 1.96, 2, 2.5, 3, 4, 5.04])
+def test_seconds_are_covered_by_whole_frames(
+    plain: MagiHumanPipeline, tmp_path: Path, seconds: float
+) -> None:
+    """With and without driving sound: as many frames as it takes, never fewer, and sound just as long."""
+    frames = math.ceil(round(25 * seconds, 6))
+    for options in ({"seconds": seconds}, {"audio": tone(seconds), "seconds": 6}):
+        result = plain("He speaks.", **SMALL | {"steps": 1} | options)
+        assert len(result.frames) == frames
+        assert len(result.audio) == frames * 1764
+        result.save(tmp_path / "a.mp4")
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            video, sound = container.streams.video[0], container.streams.audio[0]
+            assert video.frames == frames
+            assert sound.duration * sound.time_base == pytest.approx(frames / 25, abs=1e-3)
+
+
+def test_published_lengths_stay_as_they_are() -> None:
+    """Where the published latents cover the clip, there are just as many: a seed's noise stays the reference's."""
+    for seconds in (1, 4, 5, 8, 9, 12, 13, 20, 60):
+        assert audio_latents(seconds) == 25 * seconds + 1
+    assert audio_latents(5, driven=True) == 125
+    for samples in range(51200, 4 * 51200, 97):
+        for driven in (False, True):
+            latents, frames = audio_latents(samples / 51200, driven=driven), math.ceil(samples / 2048)
+            assert clip_frames(samples / 51200) == frames
+            assert 4 * (latent_frames(latents) - 1) + 1 >= frames > 4 * (latent_frames(latents) - 2) + 1
+            assert latents >= frames + (not driven)
+
+
+def test_the_voice_reaches_the_model_to_its_end(
+    plain: MagiHumanPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = []
+    encode = plain.audio_vae.encode
+    monkeypatch.setattr(
+        plain.audio_vae, "encode", lambda wave, **options: seen.append(wave) or encode(wave, **options)
+    )
+    voice = tone(1.11)
+    with caplog.at_level(logging.WARNING, logger="magihuman_fast"):
+        plain("He speaks.", audio=voice, **SMALL | {"steps": 1, "seconds": 5})
+    assert torch.equal(seen[0][:, : voice.shape[1]], voice)
+    assert seen[0].shape == (2, 29 * 2048)
+    assert not seen[0][:, voice.shape[1] :].any()
+    assert caplog.messages == [
+        "the driving sound lasts 1.110 s: the clip has 28 frames and lasts 1.12 s, not 5 s"
+    ]
 
 
 def test_driving_audio_that_is_cut_is_said(
@@ -201,7 +259,8 @@ def test_published_sizes() -> None:
         ({"image": np.zeros((4, 4))}, r"image"),
         ({"audio": "no/such/voice.wav"}, r"audio no/such/voice.wav: expected a file, found nothing"),
         ({"audio": torch.zeros(51200)}, r"audio: expected float \(2, n\) at 51200 Hz, got \(51200,\)"),
-        ({"audio": tone(0.5)}, r"audio: expected at least 1 s, got 0.50 s"),
+        ({"audio": tone(0.5)}, r"audio: expected at least 1 s, got 0.500 s"),
+        ({"audio": tone(1)[:, :-1]}, r"audio: expected at least 1 s, got 0.999 s"),
         ({"audio": tone(1) / 0}, r"audio: expected finite samples"),
     ],
 )

@@ -1,0 +1,47 @@
+"""Starting a fresh interpreter for work that may crash, hang or fill the memory of its process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from multiprocessing.spawn import get_executable
+from typing import Any
+
+# Set in a child, and only there. What was started in its place, such as the program that embeds Python, starts no more.
+CHILD = "MAGIHUMAN_FAST_CHILD"
+# The child imports what its parent does, from wherever that comes.
+PROGRAM = """\
+import importlib, json, sys
+job = json.loads(sys.argv[1])
+sys.path[:] = job["path"]
+importlib.import_module("magihuman_fast." + job["module"]).serve(job)
+"""
+
+
+def child_command(module: str, job: dict[str, Any]) -> list[str]:
+    """The command that has `serve(job)` of a module of this package run in a child; start it with `CHILD` set.
+
+    Whoever embeds Python names its interpreter to `multiprocessing.set_executable`; else it is sys.executable. Nothing
+    is imported from the working folder but what the parent would, and what a child says is there when it crashes.
+
+    Raises:
+        OSError: there is no interpreter.
+    """
+    interpreter = os.fsdecode(get_executable() or sys.executable or "")
+    if not interpreter:
+        raise OSError("the program that runs Python names no interpreter")
+    if getattr(sys, "frozen", False) and interpreter == sys.executable:
+        raise OSError("a frozen application is no interpreter")
+    if CHILD in os.environ:
+        raise OSError("this process was started to do one piece of work")
+    job = job | {"module": module, "path": list(map(str, sys.path))}
+    return [interpreter, "-P", "-u", "-c", PROGRAM, json.dumps(job)]
+
+
+def ending(code: int) -> str:
+    """How a process ended, from its return code."""
+    if code >= 0:
+        return f"exit code {code}"
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

@@ -38,6 +38,7 @@ FORMATS = {
     "MP4, MOV and 3GP": "mov",
     "MPEG": "mpeg,mpegts",
     "Ogg, Opus and Speex": "ogg",
+    "TrueHD": "mlp,truehd",
     "TTA": "tta",
     "WAV": "wav,w64",
     "WavPack": "wv",
@@ -49,41 +50,56 @@ _MAX_MEMORY = 4 << 30  # bytes of addresses: a header may ask for any amount
 
 
 def serve(job: dict[str, Any]) -> None:
-    """Decode `file`, up to `limit` samples of `sample_rate`; to stdout go a line of JSON and the float32 samples.
+    """Read `file`, up to `limit` samples of `sample_rate`; to stdout go a line of JSON and the float32 samples.
 
     The line has `error`, or None, and `notes`: what a user should know of how the file was read.
     """
-    import av
-
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     memory = _MAX_MEMORY if most == resource.RLIM_INFINITY else min(_MAX_MEMORY, most)
     resource.setrlimit(resource.RLIMIT_AS, (memory, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answer = os.dup(1)
     os.dup2(2, 1)  # libraries that print must not spoil the answer
-    sound = bytearray()
-    reading = Reading()
-    error = None
+    error, sound, notes = None, b"", list[str]()
     try:
-        for piece in reading.decode(job["file"], job["sample_rate"]):
-            sound += piece
-            if len(sound) >= 4 * job["limit"]:
-                break
-        reading.tell_damage(len(sound) / 4 / job["sample_rate"])
-    except MemoryError:
-        error = f"cannot be decoded: it asks for more than {_MAX_MEMORY >> 30} GiB of memory"
+        sound, notes = read(job["file"], job["sample_rate"], job["limit"])
     except InputError as failure:
         error = str(failure)
-    except (av.FFmpegError, ValueError, OSError) as failure:
-        error = f"cannot be decoded: {_reason(failure)}"
     with open(answer, "wb") as out:
-        out.write(json.dumps({"error": error, "notes": reading.notes}).encode() + b"\n")
-        if error is None:
-            out.write(memoryview(sound)[: 4 * job["limit"]])
+        out.write(json.dumps({"error": error, "notes": notes}).encode() + b"\n")
+        out.write(sound)
     os._exit(0)
 
 
-class Reading:
+def read(file: str, sample_rate: int, limit: int) -> tuple[bytes, list[str]]:
+    """Up to `limit` float32 samples of one channel, and the notes on them.
+
+    What it has decoded must not be freed, see above: it is for processes that end by `os._exit`.
+
+    Raises:
+        InputError: whatever is wrong with the file.
+    """
+    import av
+
+    reading, sound = _Reading(), bytearray()
+    try:
+        for piece in reading.decode(file, sample_rate):
+            sound += piece
+            if len(sound) >= 4 * limit:
+                break
+    except MemoryError as error:
+        raise InputError(
+            f"cannot be decoded: it asks for more than {_MAX_MEMORY >> 30} GiB of memory"
+        ) from error
+    except InputError:
+        raise
+    except (av.FFmpegError, ValueError, OSError) as error:
+        raise InputError(f"cannot be decoded: {_reason(error)}") from error
+    reading.tell_damage(len(sound) / 4 / sample_rate)
+    return bytes(sound[: 4 * limit]), reading.notes
+
+
+class _Reading:
     """One file's decoding: the sound, and `notes` on what was chosen and what was left out."""
 
     def __init__(self) -> None:

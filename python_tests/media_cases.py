@@ -100,10 +100,10 @@ def write_sound(
 
 _DECODE = """\
 import os, sys
-from magihuman_fast.sound_decoder import Reading
+from magihuman_fast.sound_decoder import read
 for path in sys.argv[1:]:
     with open(path + ".f32", "wb") as out:
-        out.writelines(Reading().decode(path, 51200))
+        out.write(read(path, 51200, 51200)[0])
 os._exit(0)
 """
 

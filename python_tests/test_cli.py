@@ -90,7 +90,9 @@ def test_generate_from_files(
     output = tmp_path / "out.mp4"
     code, out, err = run("generate", "--model", tiny_checkpoint, *inputs, "--output", output, "--json")
     assert code == 0
-    assert err == "warning: the driving sound lasts 1.500 s: the clip has 38 frames and lasts 1.52 s, not 2 s\n"
+    assert (
+        err == "warning: the driving sound lasts 1.500 s: the clip has 38 frames and lasts 1.52 s, not 2 s\n"
+    )
     values = json.loads(out)
     assert out.count("\n") == 1
     expected = {"output": str(output), "frames": 38, "width": 96, "height": 64, "fps": 25, "seed": 3}

@@ -136,7 +136,7 @@ def test_driving_audio_sets_length_and_stays_fixed(plain: MagiHumanPipeline, tmp
     assert np.array_equal(plain("He speaks.", audio=tone(2), **(options | {"steps": 1})).audio, result.audio)
 
 
-@pytest.mark.parametrize("seconds", [1, 1.11, 1.96, 2, 2.5, 3, 4, 5.04])
+@pytest.mark.parametrize("seconds", [1, 1.11, 1.12, 1.96, 2, 2.5, 3, 4, 5.04])
 def test_seconds_are_covered_by_whole_frames(
     plain: MagiHumanPipeline, tmp_path: Path, seconds: float
 ) -> None:

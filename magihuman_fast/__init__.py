@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .config import DiTConfig
     from .generation import GenerationResult
     from .image_encoder import ImageEncoder
+    from .picture_files import load_image
     from .pipeline import MagiHumanPipeline
     from .reference.dit import DiT
     from .text_encoder import TextEncoder
@@ -39,6 +40,7 @@ _MODULES = {
     "MagiHumanPipeline": "pipeline",
     "TextEncoder": "text_encoder",
     "TurboVAE": "turbo_vae",
+    "load_image": "picture_files",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "OutputError",
     "TextEncoder",
     "TurboVAE",
+    "load_image",
     "sampler",
 ]
 

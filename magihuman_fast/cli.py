@@ -192,6 +192,16 @@ the published weights (DIR is a folder of yours; all of the first repository is 
     )
     add("--output", type=Path, required=True, metavar="FILE.mp4", help="the video to write")
     add("--image", type=Path, metavar="FILE", help="picture of the first frame")
+    add(
+        "--image-background",
+        metavar="COLOR",
+        help="under a picture that is not opaque, a name or #rrggbb (default: white)",
+    )
+    add(
+        "--keep-image-profile",
+        action="store_true",
+        help="take a picture's colours as stored instead of converting them by its ICC profile to sRGB",
+    )
     add("--audio", type=Path, metavar="FILE", help="sound that drives the video and goes into it")
     add("--seconds", type=float, default=5, metavar="S", help="length, 1 to 60 (default: 5)")
     add("--size", type=_size, default=(448, 256), metavar="WxH", help="first-stage pixels (default: 448x256)")

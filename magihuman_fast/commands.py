@@ -168,7 +168,13 @@ def _checked_request(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--image needs the image VAE: expected {args.model / IMAGE_VAE_FOLDER}, or --image-vae DIR"
             )
-        found["image"] = load_image(args.image)
+        found["image"] = load_image(
+            args.image,
+            background="white" if args.image_background is None else args.image_background,
+            convert_profile=not args.keep_image_profile,
+        )
+    elif args.image_background is not None or args.keep_image_profile:
+        raise InputError("--image-background and --keep-image-profile need --image")
     if args.audio is not None:
         waveform = load_driving_audio(args.audio, args.seconds)
         assert waveform is not None

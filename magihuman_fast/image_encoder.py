@@ -81,8 +81,7 @@ def preprocess_image(image: Image | np.ndarray, width: int, height: int) -> torc
     MODEL.md section 6. The result is that of diffusers' `VideoProcessor(vae_scale_factor=16).preprocess`.
 
     Args:
-        image: any PIL image, turned upright by its EXIF orientation and converted to RGB (alpha is dropped;
-            16-bit greyscale is scaled to 8 bits), or a uint8 array (H, W, 3).
+        image: any PIL image, or a uint8 array (H, W, 3), made upright, opaque sRGB as `load_image` does by default.
         width, height: target size in pixels, multiples of 16.
 
     Returns:

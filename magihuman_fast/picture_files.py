@@ -1,72 +1,273 @@
-"""Reference images: files, PIL images and arrays as upright RGB (MODEL.md section 6)."""
+"""Reference images: files, PIL images and arrays as upright, opaque sRGB (MODEL.md section 6)."""
 
 from __future__ import annotations
 
+import ctypes
+import io
+import logging
 import os
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import InputError
 from .file_paths import PathLike, require_input
+from .picture_colours import Colours, Depth, plain_rgb
+from .picture_copies import Copy, copies, too_many_parts
 
 if TYPE_CHECKING:
     import PIL.Image
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
+
 _MAX_IMAGE_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB
+_MAX_FILE_BYTES = 768 << 20  # more than that many pixels of 16-bit RGBA take
 # A closed list, because other readers do more than read: EPS runs Ghostscript.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+# What is done with warnings is one setting of the whole process. Reentrant: a log handler may read a picture.
+_reading_lock = threading.RLock()
 
 
-def load_image(image: PathLike | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
-    """A picture file, PIL image or uint8 array (H, W, 3) as RGB, turned upright as its EXIF data says.
+def load_image(
+    image: PathLike | PIL.Image.Image | np.ndarray,
+    *,
+    background: str | tuple[int, int, int] = "white",
+    convert_profile: bool = True,
+) -> PIL.Image.Image:
+    """A picture as upright, opaque sRGB: what `MagiHumanPipeline.__call__` makes of its `image`, with these defaults.
+
+    Its orientation (EXIF data, XMP) is applied. What can be done without is no obstacle: where metadata are damaged or
+    too large, the picture is read without them, with a warning.
+
+    Args:
+        image: a file (PNG, JPEG, WebP, BMP, TIFF, GIF; of several pictures the first), a PIL image of any mode, or
+            uint8 (H, W, 3). 16-bit greyscale is scaled to 8 bits. A PIL image is loaded, not changed.
+        background: colour to lay a picture on that is not opaque everywhere: a name, "#rrggbb" or (r, g, b).
+        convert_profile: convert colours by the embedded ICC profile; one that changes none of them by more than
+            1/255 leaves the picture as it is.
 
     Raises:
-        InputError: no such file, not an image of a known format, truncated, or over 89 million pixels.
+        InputError: no such file, not an image of a known format, truncated, over 89 million pixels, of a mode without
+            a fixed range, or a background that is no colour.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    if not isinstance(image, (str, os.PathLike)):
-        return to_rgb(image)
-    path = require_input(image, "image")
-    try:
-        with Image.open(path, formats=_IMAGE_FORMATS) as opened:
-            if opened.width * opened.height > _MAX_IMAGE_PIXELS:
-                size = f"{opened.width}x{opened.height}"
-                raise InputError(f"expected at most {_MAX_IMAGE_PIXELS} pixels, got {size}")
-            return to_rgb(opened)
-    except InputError as error:
-        raise InputError(f"image {path}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"image {path}: expected one of {', '.join(_IMAGE_FORMATS)}: {error}") from error
-    except Exception as error:  # damaged files: OSError, SyntaxError, struct.error and others
-        raise InputError(f"image {path}: cannot be read: {error}") from error
+    colours = Colours.of(background, convert_profile)
+    if isinstance(image, (str, os.PathLike)):
+        path = require_input(image, "image")
+        name = f"image {path}"
+        with _reading(name):
+            return _from_bytes(_content(path), colours, name)
+    with _reading("image"):
+        picture = _from_object(image, colours)
+        return picture.copy() if picture is image else picture
 
 
 def to_rgb(image: object) -> Image:
-    """Any PIL image, turned upright by its EXIF orientation, or uint8 (H, W, 3), as RGB; alpha is dropped.
+    """Any PIL image, or uint8 (H, W, 3), as `load_image` gives it; itself if it is that already.
 
     Raises:
-        InputError: not an image, empty, unreadable, or of a mode without a fixed range.
+        InputError: not an image, empty, unreadable, over 89 million pixels, or of a mode without a fixed range.
     """
-    from PIL import Image, ImageOps
+    with _reading("image"):
+        return _from_object(image, Colours.of("white", True))
+
+
+def _from_object(image: object, colours: Colours) -> Image:
+    from PIL import Image
 
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise InputError(f"image array must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+            raise InputError(f"expected a uint8 array (H, W, 3), got {image.dtype} {image.shape}")
+        _check_pixels(image.shape[1], image.shape[0])
         return Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
-        raise InputError(f"image must be a PIL image or a uint8 array (H, W, 3), got {type(image).__name__}")
-    if not image.width or not image.height:
-        raise InputError(f"image is empty: {image.width}x{image.height}")
-    if image.mode in ("I", "F"):
-        raise InputError(f"image mode {image.mode!r} has no fixed range; convert it to 8 bits first")
+        raise InputError(f"expected a PIL image or a uint8 array (H, W, 3), got {type(image).__name__}")
     try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):
-            # Pillow's own conversion cuts off everything above 255.
-            upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-        return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"image cannot be read: {error}") from error
+        depth = _loaded(image, negative=False)
+    except InputError:
+        raise
+    except Exception as error:
+        data = _unread(image)
+        if data is None:
+            raise
+        return _from_copies(data, error, colours, "image")
+    return plain_rgb(image, depth, colours, "image")
+
+
+def _loaded(image: Image, negative: bool) -> Depth:
+    """Check a picture that may not have been read yet, then read it."""
+    if not image.width or not image.height:
+        raise InputError(f"expected pixels, got none: {image.width}x{image.height}")
+    _check_pixels(image.width, image.height)
+    depth = Depth.of(image, negative)
+    image.load()
+    image.getim()  # of an image that was closed there are no pixels, which nothing so far has noticed
+    return depth
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > _MAX_IMAGE_PIXELS:
+        raise InputError(f"expected at most {_MAX_IMAGE_PIXELS} pixels, got {width}x{height}")
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+        raise InputError(f"expected at most {_MAX_FILE_BYTES >> 20} MiB, got more")
+    return data
+
+
+def _unread(image: Image) -> bytes | None:
+    """The file behind a PIL image that could not be loaded; None if there is none, or for a later picture in it."""
+    file = getattr(image, "fp", None)
+    if file is None or image.tell() != 0:
+        return None
+    try:
+        place = file.tell()
+        file.seek(0)
+        data: bytes = file.read(_MAX_FILE_BYTES)
+        file.seek(place)
+    except (OSError, ValueError):
+        return None
+    return data
+
+
+def _from_bytes(data: bytes, colours: Colours, name: str) -> Image:
+    _check_canvas(data)
+    if too_many_parts(data):
+        return _from_copies(data, InputError("too many parts"), colours, name)
+    try:
+        return _opened(Copy(data, []), colours, name)
+    except InputError:
+        raise
+    except Exception as error:
+        return _from_copies(data, error, colours, name)
+
+
+def _from_copies(data: bytes, first: Exception, colours: Colours, name: str) -> Image:
+    """Read a file that failed as it is, because of `first`, from copies with less in them."""
+    last = first
+    for copy in copies(data):
+        try:
+            picture = _opened(copy, colours, name)
+        except InputError:
+            raise
+        except Exception as error:
+            last = error
+            continue
+        if copy.left_out:
+            log.warning("%s: read without %s: %s", name, ", ".join(copy.left_out[:20]), _reason(first))
+        return picture
+    raise last
+
+
+def _opened(copy: Copy, colours: Colours, name: str) -> Image:
+    from PIL import Image
+
+    # From memory: as a name, Pillow would map the file, and one that shrinks meanwhile ends the process.
+    with Image.open(io.BytesIO(copy.data), formats=_IMAGE_FORMATS) as opened:
+        depth = _loaded(opened, copy.negative)
+        picture = plain_rgb(opened, depth, colours, name)
+        return picture.copy() if picture is opened else picture
+
+
+def _check_canvas(data: bytes) -> None:
+    """WebP: its decoder takes the memory for all pixels as soon as it is made, before Pillow knows their number."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return
+    if data[12:16] == b"VP8X":
+        _check_pixels(int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1)
+    elif data[12:16] == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        _check_pixels((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+    elif data[12:16] == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        _check_pixels(width & 0x3FFF, height & 0x3FFF)
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "damaged where it begins"  # what Pillow found there it does not tell
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Errors become `InputError`s and Pillow's warnings log lines, each with the picture's name."""
+    from PIL import Image, UnidentifiedImageError
+
+    caught: list[warnings.WarningMessage] = []
+    quiet, pillow = logging.NullHandler(), logging.getLogger("PIL")
+    level = logging.DEBUG  # of a picture that is refused the error tells enough
+    try:
+        with _reading_lock, _quiet_libtiff(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pillow.addHandler(quiet)  # without any handler its errors would go to stderr
+            try:
+                yield
+            finally:
+                pillow.removeHandler(quiet)
+        level = logging.WARNING
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(_IMAGE_FORMATS)
+        raise InputError(f"{name}: expected one of {known}, got something else or a damaged file") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: expected at most {_MAX_IMAGE_PIXELS} pixels: {error}") from error
+    except Exception as error:  # damaged files: OSError, SyntaxError, struct.error, MemoryError and others
+        raise InputError(f"{name}: cannot be read: {_reason(error)}") from error
+    finally:
+        _pass_on(caught, name, level)
+
+
+@contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """libtiff writes on stderr what is wrong with a file; Pillow, which knows less of it, raises an error as well."""
+    library = _libtiff()
+    if library is None:
+        yield
+        return
+    before = library.TIFFSetErrorHandler(None)
+    try:
+        yield
+    finally:
+        library.TIFFSetErrorHandler(before)
+
+
+@cache
+def _libtiff() -> ctypes.CDLL | None:
+    """The one that Pillow has loaded."""
+    from PIL import _imaging  # noqa: F401
+
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            path = next((line.split(maxsplit=5)[5].strip() for line in maps if "/libtiff" in line), None)
+        library = None if path is None else ctypes.CDLL(path)
+        if library is not None:
+            library.TIFFSetErrorHandler.argtypes = [ctypes.c_void_p]
+            library.TIFFSetErrorHandler.restype = ctypes.c_void_p
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def _pass_on(caught: list[warnings.WarningMessage], name: str, level: int) -> None:
+    import PIL
+
+    library = os.path.dirname(PIL.__file__)
+    for text in dict.fromkeys(str(w.message) for w in caught if w.filename.startswith(library)):
+        log.log(level, "%s: %s", name, text)
+    for warning in caught:
+        if not warning.filename.startswith(library):  # of another thread
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

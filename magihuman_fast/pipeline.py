@@ -257,7 +257,8 @@ class MagiHumanPipeline:
 
         Args:
             prompt: what happens and what is said; up to 640 tokens are used.
-            image: first frame: a file, a PIL image, or uint8 (H, W, 3). It is cropped to the clip's aspect ratio.
+            image: first frame: a file, a PIL image, or uint8 (H, W, 3). `load_image` makes it upright, opaque sRGB, on
+                white where it is transparent; then it is cropped to the clip's aspect ratio.
             audio: driving sound: a file, or float32 (2, n) at 51200 Hz. Its first `seconds` set the clip's length, in
                 whole frames that cover it, and its sound.
             seconds: length, 1 to 60, in whole frames, 25 a second, that cover it.

@@ -24,8 +24,8 @@ MAX_LINES = 450
 IMPORT_ORDER = (
     ("errors", "child_process", "config", "latent_statistics", "turbo_vae_config", "conv_precision"),
     ("file_paths", "weights"),
-    ("picture_files", "sound_decoder"),
-    ("sound_files",),
+    ("picture_colours", "picture_copies", "sound_decoder"),
+    ("picture_files", "sound_files"),
     ("packing",),
     ("reference", "reference.dit", "reference.turbo_vae", "conv_weights", "decode_plan"),
     ("tensor_checks", "kernel_launch"),

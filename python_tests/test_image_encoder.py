@@ -17,6 +17,7 @@ from cases import GOLDEN, draw_weights, load_golden
 from magihuman_fast.errors import CheckpointError, InputError, OutputError
 from magihuman_fast.image_encoder import ImageEncoder, preprocess_image
 from magihuman_fast.latent_statistics import LATENT_MEAN, LATENT_STD
+from magihuman_fast.picture_files import load_image
 from magihuman_fast.synthetic.image_vae import wan_vae_shapes, write_image_vae
 from numerics import rel_err
 
@@ -277,19 +278,34 @@ def test_crop_offset_rounds_half_to_even(width: int, left: int) -> None:
     assert standing[0, :, 0].round().tolist() == list(range(left, left + 16))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK", "I;16", "RGB"])
+@pytest.mark.parametrize(
+    "mode", ["L", "LA", "La", "P", "PA", "RGBA", "RGBa", "1", "CMYK", "YCbCr", "I;16", "RGB"]
+)
 def test_image_modes(mode: str) -> None:
     grey = Image.fromarray(np.repeat(np.array([0, 255], np.uint8), 8)[None].repeat(16, 0))
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     elif mode == "CMYK":
         picture = grey.convert("RGB").convert(mode)
+    elif mode in ("La", "RGBa"):
+        picture = grey.convert(mode.upper()).convert(mode)
     else:
         picture = grey.convert(mode)
     assert picture.mode == mode
     out = preprocess_image(picture, 16, 16)
     assert torch.equal(out[:, :, :8], torch.full((3, 16, 8), -1.0))
     assert torch.equal(out[:, :, 8:], torch.full((3, 16, 8), 1.0))
+
+
+def test_transparent_image_is_laid_on_white(caplog: pytest.LogCaptureFixture) -> None:
+    """Told once, however often what `load_image` made of it is prepared."""
+    picture = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    assert torch.equal(preprocess_image(picture, 16, 16), torch.ones(3, 16, 16))
+    caplog.clear()
+    loaded = load_image(picture)
+    for _ in range(2):
+        assert torch.equal(preprocess_image(loaded, 16, 16), torch.ones(3, 16, 16))
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
 
 
 def test_sixteen_bit_greyscale_is_scaled() -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import re
 import struct
+import subprocess
+import sys
+import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 
+import magihuman_fast
+from magihuman_fast import cli, commands, picture_copies, picture_files
 from magihuman_fast.errors import InputError
-from magihuman_fast.picture_files import load_image
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and holds no pixels."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    end = b"IEND"
-    parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, end))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+from magihuman_fast.picture_files import load_image, to_rgb
+from picture_cases import P3, PNG, bomb, chunk, encoded, rgb_profile, tiff
 
 
 class TestImage:
@@ -62,8 +64,8 @@ class TestImage:
         (tmp_path / "text.png").write_text("not an image")
         (tmp_path / "empty.png").touch()
         (tmp_path / "folder.png").mkdir()
-        (tmp_path / "bomb.png").write_bytes(png_header(10_000, 9_000))
-        (tmp_path / "larger_bomb.png").write_bytes(png_header(60_000, 60_000))
+        (tmp_path / "bomb.png").write_bytes(bomb(10_000, 9_000))
+        (tmp_path / "larger_bomb.png").write_bytes(bomb(60_000, 60_000))
         for name in ("script.eps", "other.ppm"):
             Image.fromarray(noise).save(tmp_path / name)
         names = ["cut.png", "cut.jpg", "text.png", "empty.png", "folder.png", "bomb.png", "larger_bomb.png"]
@@ -72,20 +74,352 @@ class TestImage:
                 load_image(tmp_path / name)
 
     def test_too_many_pixels_are_refused_before_decoding(self, tmp_path: Path) -> None:
-        (tmp_path / "bomb.png").write_bytes(png_header(10_000, 9_000))
+        (tmp_path / "bomb.png").write_bytes(bomb(10_000, 9_000))
         with pytest.raises(InputError, match="at most 89478485 pixels, got 10000x9000"):
             load_image(tmp_path / "bomb.png")
 
 
-def test_sixteen_bit_greyscale_keeps_its_range(tmp_path: Path) -> None:
-    gradient = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
-    Image.fromarray(gradient).save(tmp_path / "deep.png")
-    pixels = np.asarray(load_image(tmp_path / "deep.png"))
-    assert pixels.shape == (64, 64, 3)
-    assert np.abs(pixels[..., 0].astype(int) - gradient // 257).max() <= 1
+BIG_TEXT = zlib.compress(bytes(3 << 20))
 
 
-def test_floating_point_picture_is_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((64, 64), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(InputError, match=r"float.tiff: image mode 'F' has no fixed range"):
-        load_image(tmp_path / "float.tiff")
+def gradient() -> Image.Image:
+    steps = np.linspace(10, 240, 24 * 32 * 3).astype(np.uint8)
+    return Image.fromarray(steps.reshape(24, 32, 3))
+
+
+def loaded(tmp_path: Path, data: bytes) -> np.ndarray:
+    (tmp_path / "picture").write_bytes(data)
+    return np.asarray(load_image(tmp_path / "picture"))
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        (b"zTXt", b"text\0\0" + BIG_TEXT),
+        (b"iTXt", b"text\0\1\0\0\0" + BIG_TEXT),
+        (b"iCCP", b"profile\0\0" + BIG_TEXT),
+        (b"zTXt", b"text\0\7none"),  # an unknown method
+        (b"gAMA", b"\0"),
+        (b"pHYs", b""),
+        (b"acTL", b"\0\0"),
+        (b"fcTL", bytes(3)),
+        (b"tRNS", b"\0"),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_png_with_metadata_out_of_bounds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: bytes, body: bytes, last: bool
+) -> None:
+    """Before or behind the pixels; the rest of it, here a profile and an orientation, still counts."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    whole = encoded(gradient(), "PNG", exif=exif, icc_profile=rgb_profile(P3))
+    expected = loaded(tmp_path, whole)
+    assert not np.array_equal(expected, np.asarray(gradient())[::-1, ::-1])
+    at = len(whole) - 12 if last else 33
+    spoilt = whole[:at] + chunk(name, body) + whole[at:]
+    pixels = loaded(tmp_path, spoilt)
+    if name == b"tRNS":  # looked for until the copy without profile and orientation
+        assert np.array_equal(pixels, np.asarray(gradient()))
+    else:
+        assert np.array_equal(pixels, expected)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert re.search(f"picture: read without .*{name.decode()}", caplog.text)
+
+
+def test_png_with_a_wrong_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = encoded(gradient(), "PNG")
+    bad = chunk(b"tEXt", b"key\0value")[:-1] + b"!"
+    assert np.array_equal(loaded(tmp_path, whole[:33] + bad + whole[33:]), np.asarray(gradient()))
+    assert "read without tEXt: damaged where it begins" in caplog.text
+    (tmp_path / "picture").write_bytes(whole[:32] + b"!" + whole[33:])
+    with pytest.raises(InputError, match=r"picture: "):  # of the size itself
+        load_image(tmp_path / "picture")
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+
+@pytest.mark.parametrize(
+    ("marker", "body", "without"),
+    [
+        (0xE0, b"JFIF\0", "APP0"),
+        (0xE2, b"ICC_PROFILE\0", "APP2"),
+        (0xEE, b"Adobe", "APP14"),
+    ],
+)
+def test_jpeg_with_a_malformed_segment(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, marker: int, body: bytes, without: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(gradient(), "JPEG", exif=exif)
+    spoilt = whole[:2] + segment(marker, body) + whole[2:]
+    assert np.array_equal(loaded(tmp_path, spoilt), loaded(tmp_path, whole))
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert f"read without {without}" in caplog.text
+
+
+def test_jpeg_keeps_what_its_colours_need(tmp_path: Path) -> None:
+    """Of a copy: the Adobe segment, by which inks are told from colours, and the profile."""
+    for picture in (gradient().convert("CMYK"), gradient()):
+        whole = encoded(picture, "JPEG", icc_profile=rgb_profile(P3), quality=95)
+        spoilt = whole[:2] + segment(0xE0, b"JFIF\0") + whole[2:]
+        assert np.array_equal(loaded(tmp_path, spoilt), loaded(tmp_path, whole))
+
+
+def test_webp_cut_within_its_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = encoded(gradient(), "WEBP", lossless=True, xmp=b"x" * 1000, icc_profile=rgb_profile(P3))
+    assert np.array_equal(loaded(tmp_path, whole[:-500]), loaded(tmp_path, whole))
+    assert "read without XMP: " in caplog.text
+    with pytest.raises(InputError, match="cannot be read"):
+        loaded(tmp_path, whole[:-1100])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_with_odd_tags(tmp_path: Path, caplog: pytest.LogCaptureFixture, order: str) -> None:
+    greys = np.arange(16 * 12, dtype=np.uint8)
+    # Its resolution is in centimetres and no number.
+    data = tiff(order, 16, 12, greys.tobytes(), t274=3, t282=5, t283=5, t296=3)
+    at = data.index(struct.pack(order + "HHI", 282, 3, 1))
+    spoilt = data[: at + 2] + struct.pack(order + "HI", 2, 4) + b"abc\0" + data[at + 12 :]
+    assert np.array_equal(loaded(tmp_path, spoilt)[..., 0].ravel(), greys[::-1])
+    assert "read without tag 282" in caplog.text
+
+
+def test_pil_image_with_damaged_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = encoded(gradient(), "PNG")
+    spoilt = whole[:-12] + chunk(b"zTXt", b"text\0\0" + BIG_TEXT) + whole[-12:]
+    picture = Image.open(io.BytesIO(spoilt))
+    assert np.array_equal(np.asarray(load_image(picture)), np.asarray(gradient()))
+    assert "image: read without zTXt" in caplog.text
+    (tmp_path / "a.png").write_bytes(spoilt)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(np.asarray(to_rgb(picture)), np.asarray(gradient()))
+
+
+def test_pil_image_is_left_as_it_was() -> None:
+    for picture in (
+        Image.open(io.BytesIO(encoded(gradient(), "PNG", icc_profile=rgb_profile(P3)))),
+        gradient(),
+    ):
+        before = (dict(picture.info), picture.tobytes())
+        result = load_image(picture)
+        result.paste((0, 0, 0), (0, 0, 5, 5))
+        assert before == (picture.info, picture.tobytes())
+
+
+def test_later_picture_of_a_file() -> None:
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    picture = Image.open(io.BytesIO(encoded(red, "TIFF", save_all=True, append_images=[blue])))
+    picture.seek(1)
+    assert load_image(picture).getpixel((3, 3)) == (0, 0, 255)
+
+
+def closed() -> Image.Image:
+    picture = gradient()
+    picture.close()
+    return picture
+
+
+def closed_file() -> Image.Image:
+    picture = Image.open(io.BytesIO(encoded(gradient(), "PNG")))
+    picture.close()
+    return picture
+
+
+def cut_file() -> Image.Image:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    return Image.open(io.BytesIO(encoded(noise, "JPEG")[:2000]))
+
+
+class Out(Image.Image):
+    """Memory runs out as its pixels are read."""
+
+    def load(self) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (closed, "image: cannot be read: "),
+        (closed_file, "image: cannot be read: "),
+        (cut_file, "image: cannot be read: image file is truncated"),
+        (lambda: Image.new("RGB", (0, 5)), "image: expected pixels, got none: 0x5"),
+        (
+            lambda: np.zeros((8, 8), np.uint8),
+            r"image: expected a uint8 array \(H, W, 3\), got uint8 \(8, 8\)",
+        ),
+        (lambda: np.zeros((8, 8, 3)), "image: expected a uint8 array .*, got float64"),
+        (lambda: 3, "image: expected a PIL image or a uint8 array .*, got int"),
+    ],
+)
+def test_objects_that_are_no_picture(make: Any, message: str) -> None:
+    for read in (load_image, to_rgb):
+        with pytest.raises(InputError, match=message):
+            read(make())
+
+
+def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Out()
+    picture._mode, picture._size = "RGB", (8, 8)
+    with pytest.raises(InputError, match="image: cannot be read: MemoryError"):
+        load_image(picture)
+    gradient().save(tmp_path / "a.bmp")
+
+    def load(self: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(InputError, match=r"image .*a\.bmp: cannot be read: MemoryError"):
+        load_image(tmp_path / "a.bmp")
+
+
+def test_too_many_pixels_of_objects() -> None:
+    for picture in (np.broadcast_to(np.uint8(3), (9000, 10000, 3)), Image.new("1", (10000, 9000))):
+        with pytest.raises(InputError, match="image: expected at most 89478485 pixels, got 10000x9000"):
+            load_image(picture)
+
+
+def test_canvas_of_a_webp_is_checked_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_(*args: object, **options: object) -> None:
+        pytest.fail("the decoder was made")
+
+    monkeypatch.setattr(Image, "open", open_)
+    size = (9_999).to_bytes(3, "little") + (8_999).to_bytes(3, "little")
+    heads = [
+        b"VP8X" + struct.pack("<I", 10) + bytes(4) + size,
+        b"VP8L" + struct.pack("<IB", 10, 0x2F) + struct.pack("<I", 9_999 | 8_999 << 14) + bytes(20),
+        b"VP8 " + struct.pack("<I", 10) + bytes(3) + b"\x9d\x01\x2a" + struct.pack("<HH", 10_000, 9_000),
+    ]
+    for head in heads:
+        (tmp_path / "a.webp").write_bytes(b"RIFF" + struct.pack("<I", len(head) + 4) + b"WEBP" + head)
+        with pytest.raises(InputError, match="at most 89478485 pixels, got 10000x9000"):
+            load_image(tmp_path / "a.webp")
+
+
+def test_file_of_endless_parts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from a copy at once: Pillow would keep each of them."""
+    monkeypatch.setattr(picture_copies, "_MAX_PARTS", 100)
+    monkeypatch.setattr(picture_copies, "_MAX_JUNK", 1000)
+    png, jpeg = encoded(gradient(), "PNG"), encoded(gradient(), "JPEG")
+    spoilt = {
+        "parts.png": png[:33] + chunk(b"prVt", b"") * 101 + png[33:],
+        "parts.jpg": jpeg[:2] + segment(0xE5, b"") * 101 + jpeg[2:],
+        "junk.jpg": jpeg[:2] + bytes(1001) + jpeg[2:],
+    }
+    for name, data in spoilt.items():
+        assert not picture_copies.too_many_parts({"png": png, "jpg": jpeg}[name[-3:]])
+        assert picture_copies.too_many_parts(data), name
+        whole = loaded(tmp_path, png if name.endswith("png") else jpeg)
+        assert np.array_equal(loaded(tmp_path, data), whole)
+    assert "read without prVt: too many parts" in caplog.text
+
+
+def test_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_files, "_MAX_FILE_BYTES", 1 << 20)
+    (tmp_path / "a.png").write_bytes(encoded(gradient(), "PNG") + bytes(1 << 20))
+    with pytest.raises(InputError, match=r"a\.png: expected at most 1 MiB, got more"):
+        load_image(tmp_path / "a.png")
+
+
+def test_pillows_warnings_are_logged_once_with_the_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jpeg = encoded(gradient(), "JPEG")
+    malformed = segment(0xE2, b"MPF\0II*\0\x08\0\0\0\0\0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded(tmp_path, jpeg[:2] + malformed + jpeg[2:])
+    assert {r.name for r in caplog.records} == {"magihuman_fast.picture_files"}
+    assert len({r.getMessage() for r in caplog.records}) == len(caplog.records)
+    assert "picture: Image appears to be a malformed MPO file" in caplog.text
+
+
+def test_warnings_of_others_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = picture_files._check_canvas
+
+    def meanwhile(data: bytes) -> None:
+        warnings.warn_explicit("of another thread", UserWarning, "elsewhere.py", 1)
+        check(data)
+
+    monkeypatch.setattr(picture_files, "_check_canvas", meanwhile)
+    with pytest.warns(UserWarning, match="of another thread"):
+        loaded(tmp_path, encoded(gradient(), "PNG"))
+
+
+STDERR = """
+import logging, sys
+from magihuman_fast import InputError, load_image
+logging.getLogger("magihuman_fast").addHandler(logging.NullHandler())
+for name in sys.argv[1:]:
+    try:
+        load_image(name)
+    except InputError:
+        print("refused")
+"""
+
+
+def test_nothing_on_stderr(tmp_path: Path) -> None:
+    """Pillow's warnings and its logger's errors, libtiff's messages: of pictures that are refused."""
+    packed = bytearray(encoded(gradient(), "TIFF", compression="tiff_adobe_deflate"))
+    packed[8:30] = bytes(22)
+    cases = {
+        "packed.tif": bytes(packed),
+        "samples.tif": tiff("<", 8, 8, bytes(64), t277=5000),
+        "bomb.png": bomb(10_000, 9_000),
+        "larger_bomb.png": bomb(60_000, 60_000),
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    names = [str(tmp_path / name) for name in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", STDERR, *names],
+        capture_output=True,
+        text=True,
+        cwd=Path(magihuman_fast.__file__).parent.parent,
+    )
+    assert (done.stdout, done.stderr) == ("refused\n" * len(cases), "")
+
+
+def test_pillows_settings_are_left_alone(tmp_path: Path) -> None:
+    def settings() -> tuple[object, ...]:
+        return (
+            *(ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS),
+            *(list(warnings.filters), logging.getLogger("PIL").handlers[:]),
+        )
+
+    before = settings()
+    whole = encoded(gradient(), "PNG")
+    loaded(tmp_path, whole[:33] + chunk(b"zTXt", b"text\0\0" + BIG_TEXT) + whole[33:])
+    with pytest.raises(InputError):
+        loaded(tmp_path, PNG)
+    assert settings() == before
+
+
+def test_is_offered_by_the_package() -> None:
+    assert magihuman_fast.load_image is load_image
+
+
+def test_options_of_the_command(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (64, 64), (9, 8, 7, 0))
+    picture.putpixel((3, 3), (220, 160, 135, 255))
+    picture.save(tmp_path / "face.png", icc_profile=rgb_profile(P3))
+    request = ["generate", "--model", tiny_checkpoint, "--prompt", "Hello.", "--output", "out.mp4"]
+    request += ["--image", tmp_path / "face.png"]
+
+    def seen(*options: str) -> tuple[object, ...]:
+        image = commands._checked_request(cli._parser().parse_args([*map(str, request), *options]))["image"]
+        return image.getpixel((0, 0)), image.getpixel((3, 3))
+
+    background, skin = seen()
+    assert background == (255, 255, 255)
+    assert skin[0] > 225
+    stored = seen("--image-background", "#102030", "--keep-image-profile")
+    assert stored == ((16, 32, 48), (220, 160, 135))

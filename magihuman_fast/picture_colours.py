@@ -114,7 +114,7 @@ def _split(image: Image, depth: Depth) -> tuple[Image, Image | None]:
     mode, key = image.mode, image.info.get("transparency")
     if depth.greys is not None:
         black, white = depth.greys
-        values = np.asarray(image.convert("I") if mode == "I;16N" else image)
+        values = np.asarray(image)
         alpha = fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if type(key) is int else None
         steps = np.arange(white - black + 1) * 255 // (white - black)
         table = (steps[::-1] if depth.negative else steps).astype(np.uint8)
@@ -133,6 +133,7 @@ def _split(image: Image, depth: Depth) -> tuple[Image, Image | None]:
         return image.convert(image.mode[:-1]), image.getchannel("A")
     if image.mode == "1":
         image = image.convert("L")
+        key = 255 * bool(key) if isinstance(key, int) else key
     elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("RGB")
     return image, _keyed_alpha(image, key, depth)

@@ -19,6 +19,7 @@ _MAX_PARTS = 1 << 17  # 89 million pixels of 16-bit RGBA in chunks of 8 KiB have
 _MAX_JUNK = 1 << 20
 _JPEG_MARKER = re.compile(rb"\xff+([^\xff\x00])")
 _WEBP_PIXELS = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
+_WEBP_NEEDED = (b"ICCP", b"EXIF", b"XMP ")
 # Sizes, depth, layout, compression, palette, the meaning of channels.
 _TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325}
 _TIFF_PIXELS |= {338, 339, 347, *range(512, 522), 529, 530, 531, 532}
@@ -43,8 +44,7 @@ def copies(data: bytes) -> Iterator[Copy]:
         for keep in (_jpeg_needed, _jpeg_pixels):
             yield _jpeg_copy(data, keep)
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        for pixels_only in (False, True):
-            yield _webp_copy(data, pixels_only)
+        yield _webp_copy(data)
     elif data[:2] in (b"II", b"MM") and (42 in data[2:4] or 43 in data[2:4]):
         yield from _tiff_copies(data)
 
@@ -152,17 +152,12 @@ def _jpeg_copy(data: bytes, keep: Callable[[int, bytes], bool]) -> Copy:
     return Copy(b"".join(parts), _names(left_out))
 
 
-def _webp_copy(data: bytes, pixels_only: bool) -> Copy:
+def _webp_copy(data: bytes) -> Copy:
     parts, left_out, at = [b"WEBP"], [], 12
     while at + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, at)
         end = at + 8 + length + length % 2
-        if name in _WEBP_PIXELS:
-            chunk = data[at:end]
-            if pixels_only and name == b"VP8X" and length:
-                chunk = chunk[:8] + bytes([chunk[8] & ~0x2C]) + chunk[9:]  # no profile, EXIF, XMP
-            parts.append(chunk)
-        elif not pixels_only and name in (b"ICCP", b"EXIF", b"XMP ") and end <= len(data):
+        if name in _WEBP_PIXELS or (name in _WEBP_NEEDED and end <= len(data)):
             parts.append(data[at:end])
         else:
             left_out.append(name.strip())

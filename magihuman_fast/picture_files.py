@@ -108,7 +108,6 @@ def _loaded(image: Image, negative: bool) -> Depth:
     _check_pixels(image.width, image.height)
     depth = Depth.of(image, negative)
     image.load()
-    image.getim()  # of an image that was closed there are no pixels, which nothing so far has noticed
     return depth
 
 

@@ -23,6 +23,11 @@ def png_header(width: int, height: int, bits: int = 8, kind: int = 2) -> bytes:
     return PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
 
 
+def segment(marker: int, body: bytes) -> bytes:
+    """Of a JPEG."""
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG that declares a size and holds no pixels."""
     return png_header(width, height) + chunk(b"IEND", b"")
@@ -63,7 +68,12 @@ def _fixed(*values: float) -> bytes:
     return struct.pack(f">{len(values)}i", *(round(v * 65536) for v in values))
 
 
-def profile(space: bytes, tags: Sequence[tuple[bytes, bytes]], connection: bytes = b"XYZ ") -> bytes:
+def profile(
+    space: bytes,
+    tags: Sequence[tuple[bytes, bytes]],
+    connection: bytes = b"XYZ ",
+    device: bytes = b"mntr",
+) -> bytes:
     """An ICC profile of version 2."""
     title = b"a test's colours\0"
     described = b"desc" + bytes(4) + struct.pack(">I", len(title)) + title + bytes(78)
@@ -73,7 +83,7 @@ def profile(space: bytes, tags: Sequence[tuple[bytes, bytes]], connection: bytes
         data += bytes(-len(data) % 4)
         table += name + struct.pack(">II", at + len(body), len(data))
         body += data
-    head = bytes(8) + bytes([2, 64, 0, 0]) + b"mntr" + space + connection + bytes(12) + b"acsp"
+    head = bytes(8) + bytes([2, 64, 0, 0]) + device + space + connection + bytes(12) + b"acsp"
     head = (head + bytes(28) + _fixed(0.9642, 1.0, 0.8249)).ljust(128, b"\0")
     whole = head + table + body
     return struct.pack(">I", len(whole)) + whole[4:]
@@ -83,12 +93,19 @@ def _gamma(value: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(value * 256))
 
 
-def rgb_profile(primaries: Sequence[Sequence[float]], gamma: float = 2.2) -> bytes:
-    tags = [
+def srgb_curve() -> bytes:
+    x = np.linspace(0, 1, 1024)
+    y = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    return b"curv" + bytes(4) + struct.pack(">I", 1024) + (y * 65535).round().astype(">u2").tobytes()
+
+
+def rgb_profile(primaries: Sequence[Sequence[float]], curve: bytes = _gamma(2.2)) -> bytes:
+    colours = (b"r", b"g", b"b")
+    places = [
         (name + b"XYZ", b"XYZ " + bytes(4) + _fixed(*values))
-        for name, values in zip((b"r", b"g", b"b"), primaries, strict=True)
+        for name, values in zip(colours, primaries, strict=True)
     ]
-    return profile(b"RGB ", [*tags, *((name + b"TRC", _gamma(gamma)) for name in (b"r", b"g", b"b"))])
+    return profile(b"RGB ", [*places, *((name + b"TRC", curve) for name in colours)])
 
 
 def grey_profile(gamma: float) -> bytes:
@@ -98,12 +115,13 @@ def grey_profile(gamma: float) -> bytes:
 
 
 def cmyk_profile() -> bytes:
-    """Paper is white, black ink is black, and so are all inks at once; cyan alone is a middle grey."""
+    """Paper is yellowish, all inks but cyan are a dark grey of L 20, cyan alone is the middle one of L 50."""
     nodes = bytearray()
     for number in range(16):
         cyan, *others = (number >> shift & 1 for shift in (3, 2, 1, 0))
-        nodes += bytes([0 if any(others) else 128 if cyan else 255, 128, 128])
+        nodes += bytes([51 if any(others) else 128 if cyan else 255, 128, 128])
     ramp = bytes(range(256))
     matrix = _fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
     table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + bytes(nodes) + ramp * 3
-    return profile(b"CMYK", [(b"A2B0", table)], b"Lab ")
+    paper = b"XYZ " + bytes(4) + _fixed(0.8, 0.84, 0.6)
+    return profile(b"CMYK", [(b"wtpt", paper), (b"A2B0", table), (b"A2B1", table)], b"Lab ", b"scnr")

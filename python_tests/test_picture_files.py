@@ -21,7 +21,7 @@ import magihuman_fast
 from magihuman_fast import cli, commands, picture_copies, picture_files
 from magihuman_fast.errors import InputError
 from magihuman_fast.picture_files import load_image, to_rgb
-from picture_cases import P3, PNG, bomb, chunk, encoded, rgb_profile, tiff
+from picture_cases import P3, PNG, bomb, chunk, encoded, rgb_profile, segment, tiff
 
 
 class TestImage:
@@ -132,13 +132,22 @@ def test_png_with_a_wrong_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixt
     bad = chunk(b"tEXt", b"key\0value")[:-1] + b"!"
     assert np.array_equal(loaded(tmp_path, whole[:33] + bad + whole[33:]), np.asarray(gradient()))
     assert "read without tEXt: damaged where it begins" in caplog.text
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = encoded(gradient(), "PNG", exif=exif)
+    bad = chunk(b"iCCP", b"profile\0\0" + zlib.compress(rgb_profile(P3)))[:-1] + b"!"
+    pixels = loaded(tmp_path, turned[:33] + bad + turned[33:])
+    assert np.array_equal(pixels, np.asarray(gradient())[::-1, ::-1])
     (tmp_path / "picture").write_bytes(whole[:32] + b"!" + whole[33:])
     with pytest.raises(InputError, match=r"picture: "):  # of the size itself
         load_image(tmp_path / "picture")
 
 
-def segment(marker: int, body: bytes) -> bytes:
-    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+def test_png_copy_keeps_orientation_in_xmp(tmp_path: Path) -> None:
+    whole = encoded(gradient(), "PNG")
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<a tiff:Orientation="3"/>'
+    spoilt = whole[:33] + chunk(b"zTXt", b"text\0\0" + BIG_TEXT) + chunk(b"iTXt", xmp) + whole[33:]
+    assert np.array_equal(loaded(tmp_path, spoilt), np.asarray(gradient())[::-1, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -162,9 +171,10 @@ def test_jpeg_with_a_malformed_segment(
 
 
 def test_jpeg_keeps_what_its_colours_need(tmp_path: Path) -> None:
-    """Of a copy: the Adobe segment, by which inks are told from colours, and the profile."""
-    for picture in (gradient().convert("CMYK"), gradient()):
-        whole = encoded(picture, "JPEG", icc_profile=rgb_profile(P3), quality=95)
+    """Of a copy: the Adobe segment, which says how inks and colours are coded, and the profile."""
+    inks = bytearray(encoded(gradient().convert("CMYK"), "JPEG"))
+    inks[inks.index(b"Adobe") + 11] = 2  # as brightness, two differences, and black
+    for whole in (bytes(inks), encoded(gradient(), "JPEG", icc_profile=rgb_profile(P3))):
         spoilt = whole[:2] + segment(0xE0, b"JFIF\0") + whole[2:]
         assert np.array_equal(loaded(tmp_path, spoilt), loaded(tmp_path, whole))
 
@@ -215,6 +225,12 @@ def test_later_picture_of_a_file() -> None:
     picture = Image.open(io.BytesIO(encoded(red, "TIFF", save_all=True, append_images=[blue])))
     picture.seek(1)
     assert load_image(picture).getpixel((3, 3)) == (0, 0, 255)
+    data = encoded(red, "TIFF", save_all=True, append_images=[blue], compression="tiff_adobe_deflate")
+    at = data.rindex(b"\x78\x9c")  # the second's pixels
+    picture = Image.open(io.BytesIO(data[:at] + bytes(2) + data[at + 2 :]))
+    picture.seek(1)
+    with pytest.raises(InputError, match="image: cannot be read"):
+        load_image(picture)
 
 
 def closed() -> Image.Image:

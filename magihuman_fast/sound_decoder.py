@@ -132,12 +132,17 @@ class _Reading:
                 except av.FFmpegError as error:
                     self._end = error
                     break
+                except IndexError:  # of a track that begins later, which PyAV does not know
+                    packets = container.demux(track)
+                    continue
                 if packet is None:
                     break
                 self._packets += packet.size > 0  # the last is none: it asks for what the decoder still holds
                 try:
                     for frame in track.decode(packet):
                         yield from mixer.add(frame)
+                except av.EOFError:  # it was asked for what it still holds already
+                    pass
                 except av.FFmpegError as error:
                     self._skipped[_reason(error)] += 1
             yield from mixer.finish()
@@ -168,7 +173,8 @@ class _Reading:
         if count := self._skipped.total():
             what = "skipped" if seconds else "cannot be decoded"
             reasons = ", ".join(self._skipped)
-            told.append(f"{what}: {count} of {self._packets} packets, which are damaged ({reasons})")
+            packets = max(count, self._packets)
+            told.append(f"{what}: {count} of {packets} packets, which are damaged ({reasons})")
         if self._end is not None:
             where = f" after {seconds:.2f} s of sound" if seconds else ""
             told.append(f"cannot be read further{where}: {_reason(self._end)}")

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import logging
 import os
 import random
 import resource
 import sys
+import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -81,6 +83,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     faulthandler.enable()
     warnings.simplefilter("error")  # one that nobody caught is a failure
+    # What is logged is told properly; whatever else is on stderr is not.
+    logging.getLogger("magihuman_fast").addHandler(logging.NullHandler())
     from magihuman_fast.errors import InputError
 
     files = sorted(path for path in args.folder.iterdir() if path.is_file())
@@ -99,7 +103,8 @@ def main() -> None:
             ends[f"{file.name} refused"] += 1
         except BaseException:
             print(f"case {number} of seed {args.seed}: {file.name}", file=sys.stderr)
-            raise
+            traceback.print_exc()
+            os._exit(1)
     faulthandler.cancel_dump_traceback_later()
     print("\n".join(f"{count:8} {what}" for what, count in sorted(ends.items())), flush=True)
     os._exit(0)  # as the decoder's process ends

@@ -77,6 +77,19 @@ class TestDamage:
         assert abs(out.shape[1] - 2 * RATE) < 8000
         assert hears(out, 300, 500)
 
+    def test_a_track_that_begins_later_is_left_alone(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        write_sound(tmp_path / "a.flv", tone(20.0, 44100), 44100, "aac")
+        picture = (
+            b"\x09" + (200).to_bytes(3, "big") + bytes(7) + b"\x22" + bytes(199) + struct.pack(">I", 211)
+        )
+        (tmp_path / "b.flv").write_bytes((tmp_path / "a.flv").read_bytes() + picture)
+        with av.open(str(tmp_path / "b.flv")) as container:
+            assert len(container.streams) == 1  # so far from the start is it not seen
+        assert torch.equal(load_audio(tmp_path / "b.flv"), load_audio(tmp_path / "a.flv"))
+        assert not caplog.messages
+
     def test_chained_ogg(self, tmp_path: Path) -> None:
         data = encoded(tmp_path / "a.opus", "libopus", 300, 48000, "mono")
         (tmp_path / "c.opus").write_bytes(data + encoded(tmp_path / "b.opus", "libopus", 500, 48000, "mono"))

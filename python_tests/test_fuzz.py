@@ -14,7 +14,7 @@ from PIL import Image
 from fuzz_files import case
 from magihuman_fast.errors import InputError
 from magihuman_fast.sound_files import load_audio
-from media_cases import layout_places, tone, write_sound
+from media_cases import decode_together, layout_places, tone, write_sound
 
 FUZZER = Path(__file__).with_name("fuzz_files.py")
 CASES = 5000
@@ -66,8 +66,11 @@ def test_damaged_sounds(tmp_path: Path) -> None:
     folder = tmp_path / "sounds"
     folder.mkdir()
     for name, codec, layout, rate in SOUNDS:
-        samples = np.repeat(tone(0.1, rate)[:, None], len(layout_places(layout)), axis=1)
+        samples = np.repeat(tone(0.2, rate)[:, None], len(layout_places(layout)), axis=1)
         write_sound(folder / name, samples, rate, codec, layout=layout, **adts(name))
+    assert all(map(len, decode_together(sorted(folder.iterdir()))))
+    for decoded in folder.glob("*.f32"):
+        decoded.unlink()
     first, crashes = 0, []
     while (done := fuzz("sound", folder, first, seed=1)).returncode:
         assert done.returncode < 0, done.stderr  # an exception, or a case that takes for ever
@@ -79,10 +82,6 @@ def test_damaged_sounds(tmp_path: Path) -> None:
         first = number + 1
         crashes.append((number, done.stderr.splitlines()[:1]))
     assert len(crashes) < 10, crashes
-    read = {line.split()[1] for line in done.stdout.splitlines() if line.endswith(" read")}
-    assert first or read == {
-        name for name, *_ in SOUNDS
-    }  # not all of them refused for what was never damaged
 
 
 def adts(name: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .picture_files import load_image
     from .pipeline import MagiHumanPipeline
     from .reference.dit import DiT
+    from .sound_files import load_audio
     from .text_encoder import TextEncoder
     from .turbo_vae import TurboVAE
 
@@ -40,6 +41,7 @@ _MODULES = {
     "MagiHumanPipeline": "pipeline",
     "TextEncoder": "text_encoder",
     "TurboVAE": "turbo_vae",
+    "load_audio": "sound_files",
     "load_image": "picture_files",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "OutputError",
     "TextEncoder",
     "TurboVAE",
+    "load_audio",
     "load_image",
     "sampler",
 ]

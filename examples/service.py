@@ -46,7 +46,7 @@ class Order(BaseModel):
     seconds: float = Field(5, ge=1, le=60)
     width: int = Field(448, ge=64, le=4096)
     height: int = Field(256, ge=64, le=4096)
-    seed: int = Field(42, ge=0, lt=2**63)
+    seed: int = Field(42, ge=0, lt=2**64)
     steps: int | None = Field(None, ge=1, le=100)
 
 

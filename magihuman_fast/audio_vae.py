@@ -24,9 +24,11 @@ from .diffusers_vae import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     copy_weight,
+    diffusers_files,
     fill,
     find_diffusers_folder,
 )
+from .download_faults import contents, hints
 from .errors import CheckpointError, InputError
 from .weights import check_state_dict, open_checkpoint, read_json, shapes_of
 
@@ -130,7 +132,8 @@ class AudioVAE:
         if folder is None:
             raise CheckpointError(
                 f"{path}: no audio autoencoder: expected {PUBLISHED_CONFIG} and {PUBLISHED_WEIGHTS}, "
-                f"or {CONFIG_FILE} and {WEIGHTS_FILE} here or in vae/"
+                f"or {CONFIG_FILE} and {WEIGHTS_FILE} here or in vae/; found {contents(path)}"
+                + hints([config_file, path / PUBLISHED_WEIGHTS, *diffusers_files(path)])
             )
         config = read_json(folder / CONFIG_FILE)
         arch = diffusers_architecture(config, folder / CONFIG_FILE)

@@ -29,6 +29,7 @@ from .errors import InputError, InsufficientMemory
 from .loading import resolve_device
 from .pipeline import MagiHumanPipeline
 from .synthetic.device import random_pipeline, random_turbo_vae
+from .number_checks import as_integer
 from .turbo_vae import TurboVAE
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,12 @@ class Setting:
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown or not self.presets:
             raise InputError(f"presets: expected some of {', '.join(PRESETS)}, got {list(self.presets)}")
-        if type(self.runs) is not int or self.runs < 1:
+        runs = as_integer(self.runs)
+        if runs is None or runs < 1:
             raise InputError(f"runs: expected a positive integer, got {self.runs!r}")
 
     def request(self, preset: str) -> dict[str, Any]:
+        object.__setattr__(self, "runs", runs)  # the record is written as JSON
         """The arguments of one clip: 5 seconds of 448x256, or a toy."""
         if self.size != "tiny":
             return {"seconds": 5}

@@ -27,6 +27,7 @@ from .config import (
 from .decode_plan import unsupported
 from .diffusers_vae import WEIGHTS_FILE, find_diffusers_folder
 from .dit import kernel_limits
+from .download_faults import contents, fault, meant_instead, require_root, unfinished
 from .errors import CheckpointError, InputError
 from .image_encoder import PUBLISHED_FILE, ImageEncoder
 from .memory_estimate import Model, tensors_of
@@ -105,7 +106,8 @@ def check_checkpoint(
 
     Raises:
         InputError: an option that does not exist.
-        CheckpointError: `root` is no folder. All else that is wrong is in the report.
+        CheckpointError: `root` is no folder, or plainly another one than was meant. All else that is wrong is in the
+            report.
     """
     choices: tuple[tuple[str, str | None, Iterable[str | None]], ...] = (
         ("variant", variant, VARIANTS),
@@ -116,11 +118,13 @@ def check_checkpoint(
         if value not in known:
             raise InputError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
     root, dtype = Path(root), _DTYPES[precision]
-    if not root.is_dir():
-        raise CheckpointError(f"{root}: expected the checkpoint's root folder, found no folder")
+    require_root(root)
 
     needed = {VARIANTS[variant].folder} | ({SUPER_RESOLUTIONS[sr].folder} if sr is not None else set())
     folders = [*(v.folder for v in VARIANTS.values()), *(s.folder for s in SUPER_RESOLUTIONS.values())]
+    models = [*folders, TURBO_VAE_FOLDER]
+    if not any((root / name).is_dir() for name in models) and (hint := meant_instead(root, models)):
+        raise CheckpointError(f"{root}: expected the checkpoint's root folder, found {contents(root)}{hint}")
     dits = {name: _check_dit(root / name, name, name in needed, dtype) for name in folders}
     turbo, turbo_config = _check_turbo_vae(root / TURBO_VAE_FOLDER, dtype)
     text, width = _check_text_encoder(Path(text_encoder or root / TEXT_ENCODER_FOLDER), dtype)
@@ -132,18 +136,21 @@ def check_checkpoint(
                 f"reads text encodings of width {dit.text_in_channels}, but {text.path} gives {width}"
             )
     others = [turbo, text, image, audio]
+    for report in (*(report for report, _ in dits.values()), *others):
+        if not report.found and report.path.is_symlink():
+            report.problems.append(contents(report.path))
     memory: list[MemoryPlan] = []
-    models = {
+    loaded = {
         name: Model(dit, report.memory_bytes) for name, (report, dit) in dits.items() if dit is not None
     }
-    if turbo_config is not None and VARIANTS[variant].folder in models:
+    if turbo_config is not None and VARIANTS[variant].folder in loaded:
         sizes = ModelSizes(
-            models[VARIANTS[variant].folder],
+            loaded[VARIANTS[variant].folder],
             VARIANTS[variant].guided,
             {
-                name: models[model.folder]
+                name: loaded[model.folder]
                 for name, model in SUPER_RESOLUTIONS.items()
-                if model.folder in models
+                if model.folder in loaded
             },
             turbo_config,
             text.memory_bytes,
@@ -223,16 +230,23 @@ def _explain_shapes(
     return config, wrong
 
 
-def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], set[str], list[str]]:
-    """Every tensor that can be found, keys the index places in shards that cannot be read, and all problems."""
+def _read_headers(path: Path, prefix: str = "") -> tuple[dict[str, TensorEntry], set[str], list[str]]:
+    """Every tensor that can be found, keys the index places in shards that cannot be read, and all problems.
+
+    Of keys that do not start with `prefix`, and shards without others, nothing is said.
+    """
     try:
-        return dict(open_checkpoint(path).entries), set(), []
+        return dict(open_checkpoint(path, prefix=prefix).entries), set(), []
     except CheckpointError as error:
         reason = str(error)
     # Once more shard by shard, so that one bad file does not hide the others.
     try:
         content = read_json(path / _INDEX)
-        weight_map = {str(key): Path(str(shard)) for key, shard in content["weight_map"].items()}
+        weight_map = {
+            str(key): Path(str(shard))
+            for key, shard in content["weight_map"].items()
+            if str(key).startswith(prefix)
+        }
     except (CheckpointError, KeyError, TypeError, AttributeError):
         return {}, set(), [reason]
     entries: dict[str, TensorEntry] = {}
@@ -248,11 +262,11 @@ def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], set[str], list[st
             continue
         files = [file for file in (path / shard, path / f"{shard}.zst") if file.is_file()]
         if not files:
-            problems.append(f"{shard}: missing; tensors in it: {len(claimed)}")
+            problems.append(f"{_missing(path / shard)}; tensors in it: {len(claimed)}")
             promised |= claimed
             continue
         try:
-            held = open_checkpoint(files[0]).entries
+            held = open_checkpoint(files[0], prefix=prefix).entries
         except CheckpointError as error:
             problems.append(str(error))
             promised |= claimed
@@ -266,6 +280,11 @@ def _read_headers(path: Path) -> tuple[dict[str, TensorEntry], set[str], list[st
         promised |= claimed - held.keys()
         entries.update((key, held[key]) for key in claimed & held.keys())
     return entries, promised, problems or [reason]
+
+
+def _missing(file: Path) -> str:
+    left = unfinished(file)
+    return f"{file.name}: missing" + (f", found {left}" if left is not None else "")
 
 
 def _not_floating(entries: dict[str, TensorEntry]) -> list[str]:
@@ -306,12 +325,10 @@ def _check_turbo_vae(path: Path, dtype: torch.dtype) -> tuple[ComponentReport, T
 def _check_text_encoder(path: Path, dtype: torch.dtype) -> tuple[ComponentReport, int | None]:
     report = ComponentReport("text encoder", path, required=True, found=path.exists())
     files = [path / name for name in _TEXT_FILES]
-    try:
-        entries = open_checkpoint(path, prefix="model.encoder.").entries if report.found else {}
+    if report.found:
+        entries, _, report.problems = _read_headers(path, "model.encoder.")
         files += sorted({entry.file for entry in entries.values()})
         report.notes += _describe_dtypes(entries, "")[: 1 if entries else 0]
-    except CheckpointError as error:
-        report.problems.append(str(error))
     encoder = _load_on_meta(
         report, files, lambda: TextEncoder.from_pretrained(path, device="meta", dtype=dtype)
     )
@@ -347,8 +364,9 @@ def _load_on_meta(report: ComponentReport, files: list[Path], load: Callable[[],
     """Fill in `report` by loading a component without storage: its own loader checks every key and shape."""
     if not report.found:
         return None
-    absent = [f"{file.name}: missing" for file in files if not file.is_file()]
-    report.problems += absent
+    report.problems += [_missing(file) for file in files if not file.is_file()]
+    # What is damaged beyond being no such file at all, the component's own loader tells.
+    report.problems += [f"{file}: found {found}" for file in files if (found := fault(file)) is not None]
     report.disk_bytes = _size_of({file for file in files if file.is_file()})
     if report.problems:
         return None

@@ -205,7 +205,7 @@ the published weights (DIR is a folder of yours; all of the first repository is 
     add("--audio", type=Path, metavar="FILE", help="sound that drives the video and goes into it")
     add("--seconds", type=float, default=5, metavar="S", help="length, 1 to 60 (default: 5)")
     add("--size", type=_size, default=(448, 256), metavar="WxH", help="first-stage pixels (default: 448x256)")
-    add("--seed", type=int, default=42, metavar="N", help="of all noise (default: 42)")
+    add("--seed", type=int, default=42, metavar="N", help="of all noise, 0 to 2^64 - 1 (default: 42)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: distill 8, base 32)")
     add(
         "--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the published one)"

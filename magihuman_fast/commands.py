@@ -20,10 +20,11 @@ from .environment import available_memory, cpu_bf16_instructions, cuda_devices, 
 from .errors import InputError, OutputError
 from .file_paths import check_output_path
 from .kernel_check_cases import CASES
-from .loading import resolve_device
-from .memory_estimate import bytes_text
+from .loading import check_root, resolve_device
+from .memory_estimate import bytes_text, bytes_texts
 from .picture_files import load_image
 from .pipeline import MagiHumanPipeline
+from .prompt_text import plain, read_prompt
 from .request import check_request, load_driving_audio
 from .sound_files import DRIVING_SAMPLE_RATE
 from .synthetic import write_checkpoint
@@ -68,8 +69,10 @@ class Progress:
 
 def generate(args: argparse.Namespace) -> Answer:
     """Make a video; everything that can be refused is refused before the model is loaded."""
+    # A mistyped folder is said before anything that is looked for in it.
+    check_root(args.model, args.variant, [] if args.sr is None else [args.sr])
     output = check_output_path(args.output)
-    prompt = _prompt(args)
+    prompt, args.negative_prompt = _prompts(args)
     request = _checked_request(args)
     if args.precision == "bf16" and resolve_device(args.device).type == "cpu" and not cpu_bf16_instructions():
         log.warning("this CPU has no bfloat16 instructions: --precision fp32 is many times faster here")
@@ -125,25 +128,18 @@ def generate(args: argparse.Namespace) -> Answer:
     return Answer(values, text)
 
 
-def _prompt(args: argparse.Namespace) -> str:
-    prompt: str | None = args.prompt
-    if prompt is None:
-        try:
-            from_stdin = str(args.prompt_file) == "-"
-            if from_stdin and sys.stdin is None:
-                raise InputError("prompt file -: expected text on stdin, got no stdin")
-            prompt = sys.stdin.read() if from_stdin else args.prompt_file.read_text(encoding="utf-8-sig")
-            prompt = prompt.strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"prompt file {args.prompt_file}: cannot be read: {error}") from error
-    for name, text in (("prompt", prompt), ("negative prompt", args.negative_prompt)):
-        if text is not None and not text.strip():
+def _prompts(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The prompt and the negative one, where it is given."""
+    prompt = read_prompt(args.prompt_file) if args.prompt is None else plain(args.prompt)
+    negative = None if args.negative_prompt is None else plain(args.negative_prompt)
+    for name, text in (("prompt", prompt), ("negative prompt", negative)):
+        if text is not None and not text:
             raise InputError(f"{name}: expected text, got {text!r}")
         try:
             (text or "").encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{name}: expected valid Unicode: {error}") from error
-    return prompt
+    return prompt, negative
 
 
 def _checked_request(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,10 +150,10 @@ def _checked_request(args: argparse.Namespace) -> dict[str, Any]:
     sizes = (args.seconds, *args.size, args.seed, args.steps, args.sr_steps, args.sr_size)
     request = check_request(VARIANTS[args.variant], sr, *sizes)
     found: dict[str, Any] = {
-        "seconds": args.seconds,
+        "seconds": request.seconds,
         "width": request.size[0],
         "height": request.size[1],
-        "seed": args.seed,
+        "seed": request.seed,
         "steps": request.steps,
         "negative_prompt": args.negative_prompt,
     }
@@ -284,7 +280,8 @@ def synth(args: argparse.Namespace) -> Answer:
     existing = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise OutputError(f"{folder}: expected {bytes_text(needed)} of free disk, found {bytes_text(free)}")
+        expected, found = bytes_texts(needed, free)
+        raise OutputError(f"{folder}: expected {expected} of free disk, found {found}")
     if not args.quiet:
         print(f"writing {bytes_text(needed)} of RANDOM weights to {folder}", file=sys.stderr)
     with contextlib.closing(Progress(args.quiet or args.json, unit="file")) as progress:
@@ -310,14 +307,15 @@ def synth(args: argparse.Namespace) -> Answer:
 
 def bench(args: argparse.Namespace) -> Answer:
     """Time a cold start and warm clips."""
-    on_gpu = resolve_device(args.device).type == "cuda"
-    size = args.size or ("full" if on_gpu else "tiny")
-    options = {"model": args.model, "size": size, "variant": args.variant, "runs": args.runs}
     if args.model is not None:  # what is wrong with it is said before a process starts for it
+        check_root(args.model, args.variant, args.presets)
         folders = [VARIANTS[args.variant].folder]
         folders += [SUPER_RESOLUTIONS[name].folder for name in args.presets if name in SUPER_RESOLUTIONS]
         for folder in folders:
             open_checkpoint(Path(args.model) / folder)
+    on_gpu = resolve_device(args.device).type == "cuda"
+    size = args.size or ("full" if on_gpu else "tiny")
+    options = {"model": args.model, "size": size, "variant": args.variant, "runs": args.runs}
     setting = benchmark.Setting(
         tuple(args.presets),
         device=args.device,

@@ -22,6 +22,11 @@ def find_diffusers_folder(path: Path) -> Path | None:
     return next((f for f in folders if (f / CONFIG_FILE).is_file() and (f / WEIGHTS_FILE).is_file()), None)
 
 
+def diffusers_files(path: Path) -> list[Path]:
+    """Where `find_diffusers_folder` looks."""
+    return [folder / name for folder in (path, path / "vae") for name in (CONFIG_FILE, WEIGHTS_FILE)]
+
+
 def lookup(config: object, name: str) -> Any:
     """The value at a dotted name, such as `model.pretransform.type`, of parsed JSON; None where there is none."""
     for key in name.split("."):

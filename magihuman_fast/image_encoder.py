@@ -22,11 +22,14 @@ from .diffusers_vae import (
     WEIGHTS_FILE,
     check_config,
     copy_weight,
+    diffusers_files,
     fill,
     find_diffusers_folder,
 )
+from .download_faults import contents, hints
 from .errors import CheckpointError, InputError
 from .latent_statistics import LATENT_MEAN, LATENT_STD
+from .number_checks import as_integer
 from .picture_files import to_rgb
 from .weights import check_state_dict, load_torch_file, open_checkpoint, read_json, shapes_of
 
@@ -92,9 +95,13 @@ def preprocess_image(image: Image | np.ndarray, width: int, height: int) -> torc
     """
     from PIL.Image import Resampling
 
+    sides = []
     for name, value in (("width", width), ("height", height)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % VAE_STRIDE:
+        side = as_integer(value)
+        if side is None or side < 1 or side % VAE_STRIDE:
             raise InputError(f"image {name} must be a positive multiple of {VAE_STRIDE}, got {value!r}")
+        sides.append(side)
+    width, height = sides
     upright = to_rgb(image)
     w, h = upright.size
     # Cross-multiplied as integers: no rounding decides which side is cut.
@@ -156,7 +163,8 @@ class ImageEncoder:
         if folder is None:
             raise CheckpointError(
                 f"{path}: no image encoder: expected {PUBLISHED_FILE}, "
-                f"or {CONFIG_FILE} and {WEIGHTS_FILE} here or in vae/"
+                f"or {CONFIG_FILE} and {WEIGHTS_FILE} here or in vae/; found {contents(path)}"
+                + hints([file, *diffusers_files(path)])
             )
         config = read_json(folder / CONFIG_FILE)
         check_config(config, {"_class_name": "AutoencoderKLWan"} | _ARCHITECTURE, folder / CONFIG_FILE)

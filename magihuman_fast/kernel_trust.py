@@ -29,6 +29,7 @@ from .kernel_check import Part
 from .kernel_check_cases import CASES
 from .kernel_check_child import Finding, Limits, Verdict, check_in_children, gpu_uuid
 from .kernel_launch import driver_cuda_version
+from .number_checks import apart
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def said(finding: Finding) -> str:
     """What came out for a kernel, in words."""
     if finding.error is None or finding.allowed is None or finding.verdict == "right":
         return finding.detail or finding.verdict
-    return f"{finding.detail} by {finding.error:.3g}, allowed are {finding.allowed:.3g}"
+    error, allowed = apart((finding.error, finding.allowed), lambda value, digits: f"{value:.{digits}g}", 3)
+    return f"{finding.detail} by {error}, allowed are {allowed}"
 
 
 _lock = threading.Lock()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from . import config, kernel_trust
 from .audio_vae import AudioVAE
 from .config import SUPER_RESOLUTIONS, VARIANTS, DiTConfig, SuperResolution, Variant, is_layer_linear
+from .download_faults import require_folders
 from .errors import CheckpointError, InputError
 from .file_paths import PathLike
 from .image_encoder import ImageEncoder
@@ -71,6 +71,16 @@ def choose(name: str, value: object, choices: Mapping[str, Any]) -> Any:
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return choices[value]
+
+
+def check_root(root: PathLike, variant: str, presets: Iterable[str]) -> None:
+    """Refuse a root folder without the folders of the models that a run needs; nothing in them is looked at.
+
+    Raises:
+        CheckpointError: says what is there, and which folder was meant where that can be told.
+    """
+    models = [SUPER_RESOLUTIONS[name].folder for name in presets if name in SUPER_RESOLUTIONS]
+    require_folders(Path(root), [VARIANTS[variant].folder, *models, config.TURBO_VAE_FOLDER])
 
 
 def dit_bytes(dit: DiTConfig, dtype: torch.dtype) -> int:
@@ -132,8 +142,7 @@ def load_components(
     dtype: torch.dtype = choose("precision", precision, PRECISIONS)
     choose("text_encoder_on", text_encoder_on, dict.fromkeys(("auto", *PLACES)))
     target = resolve_device(device)
-    if not os.path.isdir(root):  # unlike Path.is_dir, also False for a name that no file system takes
-        raise CheckpointError(f"{root}: expected the checkpoint's root folder, found no folder")
+    check_root(root, variant, [] if sr is None else [sr])
     capacity = device_capacity(target, memory_limit)
 
     checkpoints = {chosen.folder: open_checkpoint(root / chosen.folder)}

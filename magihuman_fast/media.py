@@ -13,11 +13,14 @@ import torch
 from .config import FPS, SAMPLE_RATE
 from .errors import InputError, OutputError
 from .file_paths import PathLike, atomic_output, check_output_path
+from .number_checks import as_integer, integer_between
 
 logger = logging.getLogger(__name__)
 
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 _AAC_BIT_RATE = 192_000
+_MAX_TILES = 10_000  # of a contact sheet
+_MAX_RATE = 10_000_000  # Hz, of a plot
 _X264_THREADS = 8  # fixed: the encoded bytes depend on the number of threads
 
 Samples = np.ndarray[Any, Any] | torch.Tensor
@@ -48,13 +51,13 @@ def write_video(
     import av
 
     path = check_output_path(path)
-    for name, value, allowed in (("crf", crf, range(1, 52)), ("fps", fps, range(1, 241))):
-        if value not in allowed:
-            raise InputError(f"{name}: expected {allowed.start} to {allowed.stop - 1}, got {value}")
+    crf, fps = integer_between("crf", crf, 1, 51), integer_between("fps", fps, 1, 240)
     sound = None
     if audio is not None:
-        if sample_rate not in _AAC_RATES:
-            raise InputError(f"sample_rate: expected one of {_AAC_RATES}, got {sample_rate}")
+        rate = as_integer(sample_rate)
+        if rate not in _AAC_RATES:
+            raise InputError(f"sample_rate: expected one of {_AAC_RATES}, got {sample_rate!r}")
+        sample_rate = rate
         sound = _stereo(audio)
         if len(sound) * fps < sample_rate:
             raise InputError(f"audio: expected at least one frame's length, got {len(sound)} samples")
@@ -140,8 +143,10 @@ def write_contact_sheet(path: PathLike, frames: Samples, *, columns: int = 4, co
     from PIL import Image
 
     path = check_output_path(path, ".png")
-    if columns < 1 or count < 1:
-        raise InputError(f"columns, count: expected at least 1, got {columns} and {count}")
+    columns, count = (
+        integer_between(name, value, 1, _MAX_TILES)
+        for name, value in (("columns", columns), ("count", count))
+    )
     chunk = _checked_chunk(frames)
     if not len(chunk):
         raise InputError("frames: expected at least one, got none")
@@ -168,6 +173,7 @@ def write_waveform_plot(path: PathLike, audio: Samples, sample_rate: int = SAMPL
     from matplotlib.figure import Figure
 
     path = check_output_path(path, ".png")
+    sample_rate = integer_between("sample_rate", sample_rate, 1, _MAX_RATE)
     sound = _stereo(audio)
     if not len(sound):
         raise InputError("audio: expected at least one sample, got none")

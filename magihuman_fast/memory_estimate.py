@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .config import VAE_STRIDE, VAE_TIME_STRIDE, DiTConfig
+from .number_checks import apart
 from .turbo_vae_config import TurboVAEConfig
 
 
@@ -45,12 +46,17 @@ def tensors_of(component: object) -> Iterator[torch.Tensor]:
         yield from found(vars(component))
 
 
-def bytes_text(count: int | None) -> str:
+def bytes_text(count: int | None, digits: int = 1) -> str:
     """For people: "4.7 GiB"."""
     if count is None:
         return "unknown"
     power = min(int(math.log(count, 1024)) if count >= 1 else 0, 4)
-    return f"{count / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    return f"{count / 1024**power:.{digits if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def bytes_texts(*counts: int) -> list[str]:
+    """The same of several that a refusal sets against each other: different ones never read the same."""
+    return apart(counts, bytes_text, 1)
 
 
 def activation_bytes(config: DiTConfig, tokens: int, itemsize: int = 2) -> int:

@@ -28,9 +28,10 @@ from .graph import GRAPH_BYTES, StepSpec
 from .memory_estimate import (
     Model,
     activation_bytes,
-    bytes_text,
+    bytes_texts,
     decode_bytes,
 )
+from .number_checks import apart
 from .turbo_vae import decode_bytes as kernel_decode_bytes
 from .turbo_vae_config import TurboVAEConfig
 
@@ -170,11 +171,13 @@ def check_place(
 
 
 def _nothing_fits(plans: Sequence[MemoryPlan], preset: str, capacity: int | None) -> str:
-    needs = [f"{bytes_text(p.needed_bytes)} ({p.text_encoder})" for p in plans if p.preset == preset]
+    wanted = [p for p in plans if p.preset == preset]
+    *texts, free = bytes_texts(*(p.needed_bytes for p in wanted), capacity or 0)
+    needs = [f"{text} ({p.text_encoder})" for text, p in zip(texts, wanted, strict=True)]
     fitting = [f"{p.preset} ({p.text_encoder})" for p in plans if p.fits(capacity)]
     return (
         f"memory: expected room for {preset} by where the text encoder is kept, {', '.join(needs)}; "
-        f"{bytes_text(capacity or 0)} are free, in which would fit: {', '.join(fitting) or 'none of the presets'}"
+        f"{free} are free, in which would fit: {', '.join(fitting) or 'none of the presets'}"
     )
 
 
@@ -217,15 +220,17 @@ def check_request(
     step, decode = needs(shapes)
     if capacity is None or weight_bytes + max(step, decode) <= capacity:
         return step, decode
-    free, longest = capacity - weight_bytes, "no length would fit at this size"
+    free, seconds = capacity - weight_bytes, [(shapes[0].audio - 1) / FPS]
     for frames in range(latent_frames(audio_latents(MIN_SECONDS)), shapes[0].frames):
         audio = VAE_TIME_STRIDE * (frames - 1) + 1
         if max(needs([ClipShape(frames, s.height, s.width, audio) for s in shapes])) > free:
             break
-        longest = f"{(audio - 1) / FPS:.1f} s would fit at this size"
+        seconds[1:] = [(audio - 1) / FPS]
+    asked, *longest = apart(seconds, lambda value, digits: f"{value:.{digits}f} s", 1)
+    fitting = longest[0] if longest else "no length"
     width, height = shapes[-1].size
+    needed, step_text, decode_text, free_text = bytes_texts(max(step, decode), step, decode, max(free, 0))
     raise InsufficientMemory(
-        f"size, seconds: {(shapes[0].audio - 1) / FPS:.1f} s of {width}x{height} need {bytes_text(max(step, decode))} "
-        f"beside the weights (steps {bytes_text(step)}, decoding {bytes_text(decode)}), "
-        f"{bytes_text(max(free, 0))} are free; {longest}"
+        f"size, seconds: {asked} of {width}x{height} need {needed} beside the weights (steps {step_text}, "
+        f"decoding {decode_text}), {free_text} are free; {fitting} would fit at this size"
     )

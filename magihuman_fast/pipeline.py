@@ -184,7 +184,7 @@ class MagiHumanPipeline:
         clips = []
         for width, height in sizes:
             request = check_arguments(self.variant, self.sr, seconds, width, height, 0, steps, None, sr_size)
-            clips.append(self._steps(request, config.audio_latents(seconds), sr_guidance))
+            clips.append(self._steps(request, config.audio_latents(request.seconds), sr_guidance))
         with self._turn:
             limits, room = [], _Room()
             for keys in clips:
@@ -263,7 +263,7 @@ class MagiHumanPipeline:
                 whole frames that cover it, and its sound.
             seconds: length, 1 to 60, in whole frames, 25 a second, that cover it.
             width, height: first-stage pixels, rounded down to a multiple of 32.
-            seed: of all noise; the same seed on the same device gives the same clip.
+            seed: of all noise, 0 to 2^64 - 1; the same seed on the same device gives the same clip.
             steps, sr_steps: denoising steps (by default 8 distilled, 32 base, 5 super-resolution).
             sr_guidance: two forwards a super-resolution step, with guidance 3.5, instead of one.
             sr_size: (width, height) of the super-resolved clip instead of the one that keeps the aspect ratio.
@@ -280,6 +280,7 @@ class MagiHumanPipeline:
         request = check_arguments(
             self.variant, self.sr, seconds, width, height, seed, steps, sr_steps, sr_size
         )
+        seconds, seed = request.seconds, request.seed
         null_prompt = load_negative_prompt() if negative_prompt is None else negative_prompt
         guided = self.variant.guided or sr_guidance
         if negative_prompt is not None and not guided:
@@ -306,7 +307,7 @@ class MagiHumanPipeline:
     def _generate(self, job: Job, room: _Room) -> GenerationResult:
         request, stages = job.request, job.stages
         started = time.perf_counter()
-        generator = torch.Generator(self.device).manual_seed(job.seed)
+        generator = sampler.seeded(self.device, job.seed)
         with Beside(self._side) as beside:
             self.engine.make_room(room.to_encode)
             images = [

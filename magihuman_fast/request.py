@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from . import config, sampler
 from .config import SuperResolution, Variant
 from .errors import InputError
 from .file_paths import PathLike
+from .number_checks import as_integer, as_real, check_seed
 from .sound_files import DRIVING_SAMPLE_RATE, load_audio
 
 log = logging.getLogger(__name__)
@@ -21,12 +23,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: (width, height) of both stages, and their steps."""
+    """A checked request: length, (width, height) of both stages, their steps, and the seed, as Python's own numbers."""
 
+    seconds: float
     size: tuple[int, int]
     sr_size: tuple[int, int]
     steps: int
     sr_steps: int
+    seed: int
 
     @staticmethod
     def latent_shape(frames: int, size: tuple[int, int]) -> tuple[int, ...]:
@@ -34,18 +38,20 @@ class Request:
 
 
 def _snapped(name: str, size: tuple[int, int]) -> tuple[int, int]:
-    for side in size:
-        if (
-            isinstance(side, bool)
-            or not isinstance(side, int)
-            or not config.MIN_SIDE <= side <= config.MAX_SIDE
-        ):
+    pair = tuple(size) if isinstance(size, Iterable) else ()
+    if len(pair) != 2:
+        raise InputError(f"{name}: expected width and height, got {size!r}")
+    sides = []
+    for given in pair:
+        side = as_integer(given)
+        if side is None or not config.MIN_SIDE <= side <= config.MAX_SIDE:
             raise InputError(
-                f"{name}: expected sides of {config.MIN_SIDE} to {config.MAX_SIDE} pixels, got {side!r}"
+                f"{name}: expected sides of {config.MIN_SIDE} to {config.MAX_SIDE} pixels, got {given!r}"
             )
-    snapped = (config.snap_size(size[0]), config.snap_size(size[1]))
-    if snapped != tuple(size):
-        log.warning("%s %dx%d becomes %dx%d, a multiple of %d", name, *size, *snapped, config.SIZE_STEP)
+        sides.append(side)
+    snapped = (config.snap_size(sides[0]), config.snap_size(sides[1]))
+    if snapped != tuple(sides):
+        log.warning("%s %dx%d becomes %dx%d, a multiple of %d", name, *sides, *snapped, config.SIZE_STEP)
     return snapped
 
 
@@ -61,10 +67,11 @@ def check_request(
     sr_size: tuple[int, int] | None,
 ) -> Request:
     low, high = config.MIN_SECONDS, config.MAX_SECONDS
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not low <= seconds <= high:
-        raise InputError(f"seconds: expected {low:g} to {high:g}, got {seconds!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed: expected an integer from 0 to 2^63 - 1, got {seed!r}")
+    length = as_real(seconds)
+    if length is None or not low <= length <= high:
+        raise InputError(
+            f"seconds: expected {low:g} to {high:g}, got {seconds if length is None else length!r}"
+        )
     size = _snapped("size", (width, height))
     if sr is None and (sr_size is not None or sr_steps is not None):
         raise InputError("sr_size, sr_steps: this pipeline was loaded without sr=")
@@ -76,16 +83,14 @@ def check_request(
                 f"size: super-resolution makes {target[0]}x{target[1]} of {size[0]}x{size[1]}; expected no side "
                 f"smaller than before and none over {config.MAX_SIDE}"
             )
-    request = Request(
+    return Request(
+        seconds=length,
         size=size,
         sr_size=target,
-        steps=variant.steps if steps is None else steps,
-        sr_steps=sr_steps if sr_steps is not None else sr.steps if sr else 0,
+        steps=sampler.check_steps(variant.steps if steps is None else steps),
+        sr_steps=0 if sr is None else sampler.check_steps(sr.steps if sr_steps is None else sr_steps),
+        seed=check_seed(seed),
     )
-    sampler.flow_sigmas(request.steps)
-    if sr is not None:
-        sampler.flow_sigmas(request.sr_steps)
-    return request
 
 
 def covered(seconds: float) -> tuple[float, int, float]:

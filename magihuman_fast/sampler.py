@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import expm1, inf, log
+from zlib import crc32
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .config import MAX_SIDE
 from .errors import InputError
+from .number_checks import check_seed, integer_between
 from .packing import CoordsStyle
 from .reference.dit import DiT
 
@@ -35,10 +38,14 @@ Latents = tuple[torch.Tensor, torch.Tensor]
 OnStep = Callable[[int, int], object]
 
 
+def check_steps(steps: object) -> int:
+    """`steps` as an int, if a schedule of that many can be made."""
+    return integer_between("steps", steps, 1, 1000)
+
+
 def flow_sigmas(steps: int) -> np.ndarray:
     """Noise levels sigma_0 > ... > sigma_steps = 0 of the shifted flow schedule, float64 (steps + 1,)."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
-        raise InputError(f"steps: expected an integer from 1 to 1000, got {steps!r}")
+    steps = check_steps(steps)
     s = np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
     return np.append(SHIFT * s / (1 + (SHIFT - 1) * s), 0.0)
 
@@ -217,6 +224,7 @@ def sample_distilled(
         InputError: shapes that do not fit, or fewer noise pairs than steps.
     """
     check_latents(dit.device, video, audio, image_latent)
+    steps = check_steps(steps)
     sigmas = flow_sigmas(steps).tolist()
     pairs = iter(noise)
     for i in range(steps):
@@ -251,6 +259,7 @@ def sample_guided(
     `null_text` (Nt', C) is the encoding of the negative prompt; everything else as in `sample_distilled`.
     """
     check_latents(dit.device, video, audio, image_latent)
+    steps = check_steps(steps)
     sigmas = flow_sigmas(steps)
     solve_video, solve_audio = UniPC(sigmas), UniPC(sigmas)
     for i, guidance in enumerate(video_guidance(sigmas)):
@@ -290,7 +299,7 @@ def prepare_super_resolution(
     frames = video.shape[1]
     if not isinstance(size, Sequence) or len(size) not in (2, 3) or (len(size) == 3 and size[0] != frames):
         raise InputError(f"size: expected latent (H, W), or (T, H, W) with T = {frames}, got {size!r}")
-    grid = (frames, *size[-2:])
+    grid = (frames, *(integer_between("size", side, 1, MAX_SIDE) for side in size[-2:]))
     for name, noise, shape in (
         ("video", video_noise, (video.shape[0], *grid)),
         ("audio", audio_noise, audio.shape),
@@ -323,6 +332,7 @@ def super_resolve(
     """
     check_latents(dit.device, video, audio, image_latent)
     coords: CoordsStyle = "v1"
+    steps = check_steps(steps)
     sigmas = flow_sigmas(steps)
     solver = UniPC(sigmas)
     guidance = super_resolution_guidance(video.shape[1]).to(video.device).view(-1, 1, 1)
@@ -344,6 +354,18 @@ def gaussian_noise(
     """Endless (video, audio) noise pairs, drawn as needed, video first: the published order of a distilled run."""
     while True:
         yield draw_noise(generator, video_shape), draw_noise(generator, audio_shape)
+
+
+def seeded(device: torch.device, seed: int) -> torch.Generator:
+    """A generator on `device` that starts from all 64 bits of `seed`.
+
+    A GPU's takes them all. A CPU's takes the lower 32 alone, so that seeds above would repeat the noise of those below:
+    they are folded into 32 bits in which two that differ in one half only stay different.
+    """
+    seed = check_seed(seed)
+    if device.type == "cpu" and seed >> 32:
+        seed = crc32(seed.to_bytes(8, "little"))
+    return torch.Generator(device).manual_seed(seed)
 
 
 def draw_noise(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:

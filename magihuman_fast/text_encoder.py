@@ -19,12 +19,13 @@ import torch
 
 from .config import MAX_TEXT_TOKENS
 from .errors import CheckpointError, InputError
-from .weights import open_checkpoint, read_json, require_file
+from .weights import open_checkpoint, read_json, require_file, unreadable
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "model.encoder."
 _CACHED_PROMPTS = 16
+_OPTIONAL_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json")
 _LOGIT_CAP = 50.0  # of the attention logits, tanh-shaped
 
 
@@ -223,13 +224,16 @@ def _load_tokenizer(folder: Path, *, vocab_size: int) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer_file = require_file(folder / "tokenizer.json")
-    require_file(folder / "tokenizer_config.json")
+    read_json(folder / "tokenizer_config.json")
+    for name in _OPTIONAL_TOKENIZER_FILES:  # read by the library wherever they are
+        if os.path.lexists(folder / name):
+            read_json(folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder.resolve()), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare `Exception`
-        raise CheckpointError(f"{tokenizer_file}: expected a tokenizer: {error!r}") from error
+        raise unreadable(tokenizer_file, "a tokenizer", repr(error)) from error
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise CheckpointError(

@@ -8,6 +8,7 @@ that loading needs the model's own memory plus one tensor.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,11 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .download_faults import MAX_SAFETENSORS_HEADER, absence, contents, fault, hints, unfinished
 from .errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_MAX_HEADER = 100_000_000  # the safetensors format's own limit
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -82,30 +83,33 @@ def check_dense(name: str, tensor: torch.Tensor, where: object) -> None:
 
 
 def require_file(path: Path) -> Path:
-    """Return `path` if it is a file, else raise `CheckpointError` listing what the folder holds."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: expected a file, found {_found(path.parent) if not path.exists() else 'a folder'}"
-        )
+    """Return `path` if it is a whole file, else raise `CheckpointError` saying what is there instead."""
+    if not os.path.isfile(path):  # unlike Path.is_file, also False for a name that no file system takes
+        raise CheckpointError(f"{path}: expected a file, found {absence(path)}")
+    if (found := unfinished(path)) is not None:
+        raise CheckpointError(f"{path}: expected a file, found {found}")
     return path
 
 
-def _found(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"no folder {folder}"
-    names = sorted(p.name for p in folder.iterdir())
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"only: {shown}" if names else "an empty folder"
+def unreadable(path: Path, expected: str, error: object) -> CheckpointError:
+    """What to raise for a file that is not as `expected`: what it is instead, or else what its reader said."""
+    found = fault(path)
+    return CheckpointError(
+        f"{path}: expected {expected}" + (f": {error}" if found is None else f", found {found}")
+    )
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file; unreadable or invalid content is a `CheckpointError` naming the file."""
     try:
-        return json.loads(require_file(path).read_text(encoding="utf-8"))
+        content = json.loads(require_file(path).read_text(encoding="utf-8"))
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8, JSON and numbers are all ValueErrors
-        raise CheckpointError(f"{path}: expected JSON: {error}") from error
+        raise unreadable(path, "JSON", error) from error
+    if isinstance(content, dict) and (found := fault(path)) is not None:  # a server's refusal may be JSON too
+        raise CheckpointError(f"{path}: expected a model's JSON, found {found}")
+    return content
 
 
 def load_torch_file(path: Path) -> Any:
@@ -115,10 +119,8 @@ def load_torch_file(path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise CheckpointError(
-            f"{path}: expected a torch file with nothing but weights, got one that is damaged, of another format or "
-            f"has code in it ({type(error).__name__})"
-        ) from error
+        reason = f"it is damaged, of another format or has code in it ({type(error).__name__})"
+        raise unreadable(path, "a torch file with nothing but weights", reason) from error
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _safetensors(file: Path) -> Iterator[Any]:
         with safe_open(require_file(file), "pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: expected a safetensors file: {error}") from error
+        raise unreadable(file, "a safetensors file", error) from error
 
 
 @contextmanager
@@ -194,7 +196,7 @@ def _zst_stream(file: Path) -> Iterator[IO[bytes]]:
         with require_file(file).open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
             yield stream
     except (zstandard.ZstdError, OSError) as error:
-        raise CheckpointError(f"{file}: expected a zstd-compressed safetensors file: {error}") from error
+        raise unreadable(file, "a zstd-compressed safetensors file", error) from error
 
 
 def _read_exactly(stream: IO[bytes], count: int, file: Path) -> bytearray:
@@ -206,7 +208,12 @@ def _read_exactly(stream: IO[bytes], count: int, file: Path) -> bytearray:
     while done < count:
         got = stream.readinto(view[done:])  # type: ignore[attr-defined]  # both readers have it
         if not got:
-            raise CheckpointError(f"{file}: truncated: expected {count} more bytes, got {done}")
+            found = fault(file)
+            raise CheckpointError(
+                f"{file}: truncated: expected {count} more bytes, got {done}: download it again"
+                if found is None
+                else f"{file}: expected a zstd-compressed safetensors file, found {found}"
+            )
         done += got
     return data
 
@@ -214,8 +221,10 @@ def _read_exactly(stream: IO[bytes], count: int, file: Path) -> bytearray:
 def _stream_header(stream: IO[bytes], file: Path) -> dict[str, tuple[TensorEntry, int]]:
     """Entries with their byte offsets, of a safetensors header at the start of a stream, checked strictly."""
     (length,) = struct.unpack("<Q", _read_exactly(stream, 8, file))
-    if not 2 <= length <= _MAX_HEADER:
-        raise CheckpointError(f"{file}: safetensors header of {length} bytes, expected 2 to {_MAX_HEADER}")
+    if not 2 <= length <= MAX_SAFETENSORS_HEADER:
+        raise CheckpointError(
+            f"{file}: safetensors header of {length} bytes, expected 2 to {MAX_SAFETENSORS_HEADER}"
+        )
     try:
         header = json.loads(_read_exactly(stream, length, file))
         header.pop("__metadata__", None)
@@ -295,7 +304,10 @@ def open_checkpoint(path: Path | str, *, prefix: str = "") -> Checkpoint:
     if not index.is_file():
         single = _shard_path(path, _SINGLE, index)
         if not single.is_file():
-            raise CheckpointError(f"{path}: expected {_INDEX} or {_SINGLE}[.zst], found {_found(path)}")
+            known = hints([index, path / _SINGLE, path / f"{_SINGLE}.zst"])
+            raise CheckpointError(
+                f"{path}: expected {_INDEX} or {_SINGLE}[.zst], found {contents(path)}{known}"
+            )
         return Checkpoint(path, {n: e for n, e in _header(single).items() if n.startswith(prefix)})
 
     content = read_json(index)
@@ -305,10 +317,11 @@ def open_checkpoint(path: Path | str, *, prefix: str = "") -> Checkpoint:
     files = {
         name: _shard_path(path, shard, index) for name, shard in weight_map.items() if name.startswith(prefix)
     }
-    absent = sorted({file.name for file in files.values() if not file.is_file()})
+    absent = sorted({file for file in files.values() if not file.is_file()})
     if absent:
         raise CheckpointError(
-            f"{path}: missing shards {', '.join(absent)}, named by {_INDEX}; found {_found(path)}"
+            f"{path}: missing shards {', '.join(file.name for file in absent)}, named by {_INDEX}; "
+            f"found {contents(path)}{hints(absent[:_MAX_NAMED])}"
         )
     entries: dict[str, TensorEntry] = {}
     for file in sorted(set(files.values())):

@@ -155,6 +155,15 @@ def test_no_progress_without_a_terminal(run: Any, loaded: object, request_: list
     assert "100%" not in run(*request_)[2]
 
 
+    without_vae = tmp_path / "without"
+    shutil.copytree(
+        tiny_checkpoint, without_vae, copy_function=os.link, ignore=shutil.ignore_patterns("Wan2.2*")
+    )
+    names = {"FOLDER": str(tmp_path), "MODEL": str(without_vae), "TINY": str(tiny_checkpoint)}
+
+    def named(text: str) -> str:
+        return re.sub("|".join(names), lambda match: names[match[0]], text)
+
 @pytest.mark.parametrize(
     ("extra", "code", "message"),
     [
@@ -164,10 +173,17 @@ def test_no_progress_without_a_terminal(run: Any, loaded: object, request_: list
         (["--image", "FOLDER/text.txt"], 2, "image FOLDER/text.txt"),
         (["--audio", "FOLDER/nothing.wav"], 2, "expected a file, found nothing"),
         (["--audio", "FOLDER/short.wav"], 2, "audio: expected at least 1 s, got 0.500 s"),
-        (["--model", "FOLDER", "--image", "FOLDER/face.png"], 2, "--image needs the image VAE"),
+        (["--model", "MODEL", "--image", "FOLDER/face.png"], 2, "--image needs the image VAE"),
         (["--image", "FOLDER/face.png", "--image-background", "pale"], 2, "expected a colour such as white"),
         (["--image-background", "red"], 2, "--keep-image-profile need --image"),
         (["--keep-image-profile"], 2, "--keep-image-profile need --image"),
+        (
+            ["--model", "FOLDER", "--image", "FOLDER/no.png", "--output", "no/x"],
+            3,
+            "FOLDER: expected distill/, ",
+        ),
+        (["--model", "TINY/distill", "--image", "FOLDER/no.png"], 3, "; was TINY meant?"),
+        (["--model", "TINY/.", "--sr", "1080p", "--output", "no/x.avi"], 4, "ends in .mp4"),
         (["--seconds", "0.5"], 2, "seconds: expected 1 to 60, got 0.5"),
         (["--seconds", "nan"], 2, "seconds: expected 1 to 60, got nan"),
         (["--size", "32x64"], 2, "size: expected sides of 64 to"),
@@ -202,11 +218,11 @@ def test_refused_before_loading(
     soundfile.write(tmp_path / "short.wav", np.zeros(8000), 16000)
     before = sorted(tmp_path.iterdir())
     request = ["generate", "--model", tiny_checkpoint, "--prompt", "Hello.", "--output", tmp_path / "out.mp4"]
-    got, out, err = run(*request, *(argument.replace("FOLDER", str(tmp_path)) for argument in extra))
+    got, out, err = run(*request, *map(named, extra))
     assert got == code
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert message.replace("FOLDER", str(tmp_path)) in err
+    assert named(message) in err
     if "--json" in extra:
         assert json.loads(out)["error"] == {"kind": "InputError", "message": err[7:-1], "exit_code": 2}
     else:

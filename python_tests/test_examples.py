@@ -117,7 +117,7 @@ def test_queue(plain: MagiHumanPipeline) -> None:
 def test_old_clips_are_forgotten(plain: MagiHumanPipeline) -> None:
     async def talk(client: Client) -> None:
         clips = []
-        for seed in range(3):
+        for seed in (0, 2**63, 2**64 - 1):  # the last as large as any that ComfyUI draws
             clips.append(await ordered(client, seed=seed, steps=1))
             await events_of(client, clips[-1])
         assert (await client.get(f"/clips/{clips[0]}/video")).status_code == 404
@@ -132,6 +132,7 @@ def test_old_clips_are_forgotten(plain: MagiHumanPipeline) -> None:
         ({"prompt": ""}, "at least 1 character"),
         ({"prompt": "  "}, "should match pattern"),
         ({"seconds": 99}, "less than or equal to 60"),
+        ({"seed": 2**64}, "less than 18446744073709551616"),
         ({"sampler": "euler"}, "Extra inputs are not permitted"),
         ({"image": "???"}, "image: expected base64"),
         ({"image": "é"}, "image: expected base64"),

@@ -23,8 +23,8 @@ MAX_LINES = 450
 # that are not named here. The package's own __init__ is the façade over all of them: none of them may import it.
 IMPORT_ORDER = (
     ("errors", "child_process", "config", "latent_statistics", "turbo_vae_config", "conv_precision"),
-    ("file_paths", "weights"),
-    ("picture_colours", "picture_copies", "sound_decoder"),
+    ("number_checks", "file_paths", "download_faults", "prompt_text"),
+    ("weights", "picture_colours", "picture_copies", "sound_decoder"),
     ("picture_files", "sound_files"),
     ("packing",),
     ("reference", "reference.dit", "reference.turbo_vae", "conv_weights", "decode_plan"),
@@ -51,7 +51,7 @@ IMPORT_ORDER = (
     ("pipeline",),
     ("synthetic", "checkpoint_check"),
     ("benchmark",),
-    ("commands",),
+    ("commands", "ending_signals", "standard_streams"),
     ("cli",),
     ("__main__",),
 )

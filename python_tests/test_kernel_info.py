@@ -122,7 +122,11 @@ def test_info_in_the_simulator(kernel_cache: Path, capsys: pytest.CaptureFixture
     ("flag", "value"), [([], None), (["--check-kernels"], True), (["--no-check-kernels"], False)]
 )
 def test_generate_passes_on_what_to_check(
-    flag: list[str], value: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flag: list[str],
+    value: bool | None,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Any] = []
 
@@ -131,6 +135,6 @@ def test_generate_passes_on_what_to_check(
         raise InputError("enough")
 
     monkeypatch.setattr(MagiHumanPipeline, "from_pretrained", load)
-    request = ["--model", str(tmp_path), "--prompt", "Hello.", "--output", str(tmp_path / "out.mp4")]
+    request = ["--model", str(tiny_checkpoint), "--prompt", "Hello.", "--output", str(tmp_path / "out.mp4")]
     assert cli.main(["generate", *request, *flag]) == 2
     assert seen == [value]

@@ -105,7 +105,7 @@ class TestVideo:
             (clip(2), np.full((44100, 2), np.nan, np.float32), {}, "NaN"),
             (clip(2), stereo(0.01), {}, "one frame's length, got 441 samples"),
             (clip(2), stereo(1.0), {"sample_rate": 44101}, "sample_rate.*44101"),
-            (clip(2), None, {"crf": 0}, "crf: expected 1 to 51, got 0"),
+            (clip(2), None, {"crf": 0}, "crf: expected an integer from 1 to 51, got 0"),
             (clip(2), None, {"fps": 0}, "fps"),
         ],
     )

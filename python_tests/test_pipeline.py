@@ -334,7 +334,7 @@ def test_bad_options(tiny_checkpoint: Path, options: dict, error: type[Exception
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("distill", r"distill: expected model.safetensors.index.json .* no folder"),
+        ("distill", r"root: expected distill/ in the checkpoint's root folder, found only: "),
         ("distill/model-00003-of-00013.safetensors", r"missing shards model-00003-of-00013.safetensors"),
         ("turbo_vae", r"turbo_vae"),
         ("turbo_vae/checkpoint-340000.ckpt", r"checkpoint-340000.ckpt"),

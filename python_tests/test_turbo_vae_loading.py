@@ -265,9 +265,15 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     write_turbo_vae(tmp_path)
     checkpoint = tmp_path / CHECKPOINT_NAME
     whole = checkpoint.read_bytes()
-    for content in (b"", b"hello", whole[: len(whole) // 2]):
+    found = {
+        b"": "an empty file",
+        b"hello": "text",
+        whole[: len(whole) // 2]: "cut short",
+        b"\x80": "damaged",
+    }
+    for content, message in found.items():
         checkpoint.write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"{CHECKPOINT_NAME}: .*damaged"):
+        with pytest.raises(CheckpointError, match=f"{CHECKPOINT_NAME}: .*{message}"):
             TurboVAE.from_pretrained(tmp_path)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import VAE_STRIDE, VAE_TIME_STRIDE
 from ..conv_precision import conv_precision
+from ..download_faults import absence
 from ..errors import CheckpointError, InputError
 from ..latent_statistics import LATENT_MEAN, LATENT_STD
 from ..turbo_vae_config import TurboVAEConfig
@@ -147,7 +148,8 @@ class TurboVAE:
         for path in (config_path, checkpoint_path):
             if not path.is_file():
                 raise CheckpointError(
-                    f"{path}: no such file; a Turbo VAE folder holds {CONFIG_NAME} and {CHECKPOINT_NAME}"
+                    f"{path}: no such file, found {absence(path)}; a Turbo VAE folder holds {CONFIG_NAME} and "
+                    f"{CHECKPOINT_NAME}"
                 )
         config = _read_config(config_path)
         state_dict = _read_state_dict(checkpoint_path)

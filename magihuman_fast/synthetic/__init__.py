@@ -16,6 +16,7 @@ import torch
 from .. import config
 from ..config import DiTConfig
 from ..errors import InputError, OutputError
+from ..number_checks import check_seed
 from ..turbo_vae_config import PUBLISHED_CONFIG
 from .audio_vae import write_audio_vae
 from .dit import random_dit_tensors, write_dit
@@ -111,7 +112,7 @@ def write_checkpoint(
     unknown = [name for name in models if name not in MODELS]
     if unknown or not models:
         raise InputError(f"models: expected some of {', '.join(MODELS)}, got {list(models)}")
-    sizes, root = SIZES[size], Path(root)
+    sizes, root, seed = SIZES[size], Path(root), check_seed(seed)
     try:
         root.mkdir(parents=True, exist_ok=True)
         write_turbo_vae(root / config.TURBO_VAE_FOLDER, config=sizes.turbo_vae, seed=seed)

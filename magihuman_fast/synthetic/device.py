@@ -11,6 +11,7 @@ import torch
 from ..audio_vae import AudioVAE
 from ..config import SUPER_RESOLUTIONS, VARIANTS, DiTConfig, is_layer_linear
 from ..image_encoder import ImageEncoder
+from ..number_checks import MAX_SEED, check_seed
 from ..ops import Backend
 from ..pipeline import MagiHumanPipeline
 from ..reference.dit import DiT, rope_bands, windowed_layers
@@ -34,7 +35,7 @@ def random_dit(
 
     Equal seeds give equal weights on one device, and others on another.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(check_seed(seed))
     weights = {}
     for name, shape in sizes.state_dict_shapes().items():
         if name.endswith("rope.bands"):
@@ -77,7 +78,7 @@ def random_pipeline(
 
     `images` makes an image encoder too, which takes longest. `kernels` and `backend` as in `MagiHumanPipeline`.
     """
-    sizes = SIZES[size]
+    sizes, seed = SIZES[size], check_seed(seed)
     with TemporaryDirectory() as folder:
         root = Path(folder)
         write_audio_vae(root / "audio", channels=sizes.audio_channels, seed=seed)
@@ -102,7 +103,9 @@ def random_pipeline(
         audio_vae=sound,
         text_encoder=text,
         image_encoder=image,
-        sr_dit=None if sr is None else random_dit(sr_sizes, device=device, dtype=dtype, seed=seed + 1),
+        sr_dit=None
+        if sr is None
+        else random_dit(sr_sizes, device=device, dtype=dtype, seed=(seed + 1) % (MAX_SEED + 1)),
         sr=None if sr is None else SUPER_RESOLUTIONS[sr],
         kernels=kernels,
         backend=backend,

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -26,10 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import TURBO_VAE_FOLDER
 from .errors import InputError, InsufficientMemory
+from .kernel_check_child import end_with_parent
 from .loading import resolve_device
+from .number_checks import as_integer
 from .pipeline import MagiHumanPipeline
 from .synthetic.device import random_pipeline, random_turbo_vae
-from .number_checks import as_integer
 from .turbo_vae import TurboVAE
 
 log = logging.getLogger(__name__)
@@ -62,9 +64,9 @@ class Setting:
         runs = as_integer(self.runs)
         if runs is None or runs < 1:
             raise InputError(f"runs: expected a positive integer, got {self.runs!r}")
+        object.__setattr__(self, "runs", runs)  # the record is written as JSON
 
     def request(self, preset: str) -> dict[str, Any]:
-        object.__setattr__(self, "runs", runs)  # the record is written as JSON
         """The arguments of one clip: 5 seconds of 448x256, or a toy."""
         if self.size != "tiny":
             return {"seconds": 5}
@@ -327,8 +329,14 @@ def cold_start(setting: Setting, preset: str) -> dict[str, float]:
     values = asdict(setting) | {"model": None if setting.model is None else str(setting.model)}
     code = "import sys, time; begun = time.time(); from magihuman_fast import benchmark; benchmark.start_cold(begun)"
     command = [sys.executable, "-c", code, json.dumps(values), preset]
-    begun = time.time()
-    done = subprocess.run(command, capture_output=True, text=True)
+    # A pipe that ends with this process, or with this call however that ends, and with it the other process.
+    theirs, ours = os.pipe()
+    try:
+        begun = time.time()
+        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True)
+    finally:
+        os.close(theirs)
+        os.close(ours)
     if done.returncode != 0:
         raise RuntimeError(f"cold start: the process failed: {done.stderr.strip()[-500:]}")
     marks: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -340,6 +348,7 @@ def cold_start(setting: Setting, preset: str) -> dict[str, float]:
 
 def start_cold(started: float) -> None:
     """What the fresh process does: load, set up, run until the first frames are there, print when each was done."""
+    end_with_parent()
     values, preset = json.loads(sys.argv[1]), sys.argv[2]
     model = values.pop("model")
     setting = Setting(

@@ -1,13 +1,16 @@
 """The shell command `magihuman-fast`: generate, check, synth, bench and info.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad request, 3 bad checkpoint,
-4 cannot write, 130 interrupted. What the commands do is in `commands`, imported when one is run.
+4 cannot write (a file, or the result to stdout), 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM. A reader of
+stdout that has gone changes none of them, nor does a stderr that takes no more. What the commands do is in `commands`,
+imported when one is run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import re
@@ -20,7 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import config
 from .config import SUPER_RESOLUTIONS, VARIANTS
+from .ending_signals import Terminated, as_exceptions
 from .errors import Cancelled, CheckpointError, InputError, OutputError
+from .standard_streams import safe_streams, shown, write_result
 
 if TYPE_CHECKING:
     from .commands import Answer
@@ -68,43 +73,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. `argv` are the arguments after the program's name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json, verbose = "--json" in arguments, "--verbose" in arguments
+    with safe_streams(), as_exceptions():
+        try:
+            return _run(arguments)
+        except (Exception, KeyboardInterrupt) as error:
+            return _fail(error, as_json, verbose)
+
+
+def _run(arguments: list[str]) -> int:
+    told = io.StringIO()
     try:
-        args = _parser().parse_args(arguments)
-        # Libraries that print must not spoil the result.
-        with _logging(args), contextlib.redirect_stdout(sys.stderr):
-            answer: Answer = getattr(import_module(".commands", __package__), args.command)(args)
+        # Left to itself argparse prints help on stderr where there is no stdout.
+        with contextlib.redirect_stdout(told):
+            args = _parser().parse_args(arguments)
     except SystemExit as stop:  # --help, --version
+        write_result(told.getvalue().rstrip("\n"))
         return int(stop.code or 0)
-    except (Exception, KeyboardInterrupt) as error:
-        return _fail(error, as_json, verbose)
-    if as_json:
-        print(json.dumps(answer.values))
-    elif answer.text:
-        _print(answer.text)
+    if sys.stdout is None and (args.json or not args.quiet):
+        raise OutputError(
+            "stdout: expected an open stream for the result, found it closed; --quiet needs none"
+        )
+    # Libraries that print must not spoil the result.
+    with _logging(args), contextlib.redirect_stdout(sys.stderr):
+        answer: Answer = getattr(import_module(".commands", __package__), args.command)(args)
+    text = json.dumps(answer.values) if args.json else answer.text
+    if text:
+        write_result(text)
     return answer.code
-
-
-def _print(text: str, *, to_stderr: bool = False) -> None:
-    """Print, with escapes for what the stream's encoding lacks: a file's name may be anything."""
-    stream = sys.stderr if to_stderr else sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def _fail(error: BaseException, as_json: bool, verbose: bool) -> int:
     code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
+    if isinstance(error, Terminated):
+        code = 128 + error.number
     kind, message = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        message = "interrupted"
+        message = message or "interrupted"
     elif _is_out_of_memory(error):
         message = f"out of memory: {message or kind}; '{PROGRAM} check' tells what is needed"
     elif code == 1:
         message = f"unexpected {kind}: {message} (--verbose shows where)"
     if verbose:
         traceback.print_exception(error)
-    _print(f"error: {message}", to_stderr=True)
+    print(shown(f"error: {message}", sys.stderr), file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}))
+        # Where it cannot be printed either, the exit code and the line above have said it.
+        with contextlib.suppress(OutputError):
+            write_result(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}))
     return code
 
 

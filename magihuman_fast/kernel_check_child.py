@@ -259,7 +259,7 @@ def serve(job: dict[str, Any]) -> None:
     """Check the kernels of a job one after another, telling of each as it starts and as it ends."""
     # Should the parent be killed while a kernel hangs, nobody else would end this process. The thread could not, were
     # Python's lock held for ever, or the other end of its pipe by a process that the parent has forked.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     faulthandler.dump_traceback_later(job["seconds"], exit=True)
     os.set_inheritable(job["answers"], False)
     _compute_exactly()
@@ -271,10 +271,15 @@ def serve(job: dict[str, Any]) -> None:
         check_in_turn(job["kernels"], device, job["backend"], answers)
 
 
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+def end_with_parent() -> None:
+    """End this process, from a thread, when its standard input does: a pipe whose other end the parent has open."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _compute_exactly() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kernel_findings import Checks
-from magihuman_fast import kernel_trust, loading, ops
+from magihuman_fast import cli, kernel_trust, loading, ops
 from magihuman_fast.pipeline import MagiHumanPipeline
 from magihuman_fast.synthetic import MODELS, write_checkpoint
 from sim_library import build_library
+
+Captured = tuple[int, str, str]
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +30,53 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipe(tiny_checkpoint: Path) -> MagiHumanPipeline:
     """The distilled pipeline with 540p super-resolution on the CPU."""
     return MagiHumanPipeline.from_pretrained(tiny_checkpoint, sr="540p", device="cpu")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command with arguments: its exit code, stdout and stderr."""
+
+    def call(*argv: object) -> Captured:
+        code = cli.main([str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def loaded(pipe: MagiHumanPipeline, monkeypatch: pytest.MonkeyPatch) -> MagiHumanPipeline:
+    """Loading gives the session's pipeline, with some noise on stdout as libraries make it."""
+
+    def load(*args: object, on_load: Any, **options: object) -> MagiHumanPipeline:
+        print("a library talks")
+        on_load("distill", 1, 2)
+        on_load("distill", 2, 2)
+        return pipe
+
+    monkeypatch.setattr(MagiHumanPipeline, "from_pretrained", load)
+    return pipe
+
+
+@pytest.fixture
+def request_(tiny_checkpoint: Path, tmp_path: Path) -> list[object]:
+    """The arguments of the smallest run of `loaded`."""
+    small = [
+        "--seconds",
+        1,
+        "--size",
+        "64x64",
+        "--steps",
+        1,
+        "--sr",
+        "540p",
+        "--sr-size",
+        "64x64",
+        "--sr-steps",
+        1,
+    ]
+    output = ["--output", tmp_path / "out.mp4"]
+    return ["generate", "--model", tiny_checkpoint, "--prompt", "A woman speaks.", *output, *small]
 
 
 @pytest.fixture(scope="session")

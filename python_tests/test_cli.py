@@ -20,60 +20,11 @@ import soundfile
 import torch
 from PIL import Image
 
-from magihuman_fast import cli, commands, ops
+from magihuman_fast import commands, ops
 from magihuman_fast.pipeline import MagiHumanPipeline
 from magihuman_fast.reference.dit import DiT
 from magihuman_fast.synthetic import MODELS
 from magihuman_fast.synthetic.disk_size import checkpoint_bytes
-
-Captured = tuple[int, str, str]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command with arguments: its exit code, stdout and stderr."""
-
-    def call(*argv: object) -> Captured:
-        code = cli.main([str(argument) for argument in argv])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def loaded(pipe: MagiHumanPipeline, monkeypatch: pytest.MonkeyPatch) -> MagiHumanPipeline:
-    """Loading gives the session's pipeline, with some noise on stdout as libraries make it."""
-
-    def load(*args: object, on_load: Any, **options: object) -> MagiHumanPipeline:
-        print("a library talks")
-        on_load("distill", 1, 2)
-        on_load("distill", 2, 2)
-        return pipe
-
-    monkeypatch.setattr(MagiHumanPipeline, "from_pretrained", load)
-    return pipe
-
-
-@pytest.fixture
-def request_(tiny_checkpoint: Path, tmp_path: Path) -> list[object]:
-    """The arguments of the smallest run of `loaded`."""
-    small = [
-        "--seconds",
-        1,
-        "--size",
-        "64x64",
-        "--steps",
-        1,
-        "--sr",
-        "540p",
-        "--sr-size",
-        "64x64",
-        "--sr-steps",
-        1,
-    ]
-    output = ["--output", tmp_path / "out.mp4"]
-    return ["generate", "--model", tiny_checkpoint, "--prompt", "A woman speaks.", *output, *small]
 
 
 def test_generate_from_files(
@@ -155,15 +106,6 @@ def test_no_progress_without_a_terminal(run: Any, loaded: object, request_: list
     assert "100%" not in run(*request_)[2]
 
 
-    without_vae = tmp_path / "without"
-    shutil.copytree(
-        tiny_checkpoint, without_vae, copy_function=os.link, ignore=shutil.ignore_patterns("Wan2.2*")
-    )
-    names = {"FOLDER": str(tmp_path), "MODEL": str(without_vae), "TINY": str(tiny_checkpoint)}
-
-    def named(text: str) -> str:
-        return re.sub("|".join(names), lambda match: names[match[0]], text)
-
 @pytest.mark.parametrize(
     ("extra", "code", "message"),
     [
@@ -216,6 +158,15 @@ def test_refused_before_loading(
     (tmp_path / "text.txt").write_text("text")
     Image.new("RGB", (64, 64)).save(tmp_path / "face.png")
     soundfile.write(tmp_path / "short.wav", np.zeros(8000), 16000)
+    without_vae = tmp_path / "without"
+    shutil.copytree(
+        tiny_checkpoint, without_vae, copy_function=os.link, ignore=shutil.ignore_patterns("Wan2.2*")
+    )
+    names = {"FOLDER": str(tmp_path), "MODEL": str(without_vae), "TINY": str(tiny_checkpoint)}
+
+    def named(text: str) -> str:
+        return re.sub("|".join(names), lambda match: names[match[0]], text)
+
     before = sorted(tmp_path.iterdir())
     request = ["generate", "--model", tiny_checkpoint, "--prompt", "Hello.", "--output", tmp_path / "out.mp4"]
     got, out, err = run(*request, *map(named, extra))
@@ -318,24 +269,6 @@ def test_output_that_cannot_be_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prompt_from_stdin(
-    run: Any, loaded: object, request_: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = []
-    whole_call = MagiHumanPipeline.__call__
-
-    def call(self: MagiHumanPipeline, prompt: str, **options: Any) -> Any:
-        prompts.append(prompt)
-        return whole_call(self, prompt, **options)
-
-    monkeypatch.setattr(MagiHumanPipeline, "__call__", call)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("A man sings.\n"))
-    where = request_.index("--prompt")
-    request_[where : where + 2] = ["--prompt-file", "-"]
-    assert run(*request_)[0] == 0
-    assert prompts == ["A man sings."]
-
-
 def test_check(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     code, out, err = run("check", tiny_checkpoint, "--sr", "1080p")
     assert (code, err) == (0, "")
@@ -421,46 +354,3 @@ def test_as_a_module() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
-
-
-def test_prompt_without_stdin(run: Any, request_: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", None)
-    where = request_.index("--prompt")
-    request_[where : where + 2] = ["--prompt-file", "-"]
-    code, out, err = run(*request_)
-    assert (code, out) == (2, "")
-    assert "expected text on stdin, got no stdin" in err
-
-
-def test_prompt_that_is_no_unicode(run: Any, request_: list[object]) -> None:
-    request_[request_.index("--prompt") + 1] = "half a pair: \ud800"
-    code, out, err = run(*request_)
-    assert (code, out) == (2, "")
-    assert "prompt: expected valid Unicode" in err
-
-
-def test_byte_order_mark_is_no_part_of_the_prompt(
-    run: Any,
-    request_: list[object],
-    loaded: MagiHumanPipeline,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "prompt.txt").write_text("A man sings.", encoding="utf-8-sig")
-    where = request_.index("--prompt")
-    request_[where : where + 2] = ["--prompt-file", tmp_path / "prompt.txt"]
-    seen = []
-    encode = loaded.text_encoder.encode
-    monkeypatch.setattr(
-        loaded.text_encoder, "encode", lambda prompt, **_: seen.append(prompt) or encode(prompt)
-    )
-    assert run(*request_)[0] == 0
-    assert seen == ["A man sings."]
-
-
-def test_output_name_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", stream)
-    cli._print("wrote vidéo.mp4")
-    stream.flush()
-    assert stream.buffer.getvalue() == b"wrote vid\\xe9o.mp4\n"

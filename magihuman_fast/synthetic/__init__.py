@@ -20,9 +20,12 @@ from ..number_checks import check_seed
 from ..turbo_vae_config import PUBLISHED_CONFIG
 from .audio_vae import write_audio_vae
 from .dit import random_dit_tensors, write_dit
+from .files import whole_folder
 from .image_vae import write_image_vae
 from .text_encoder import write_text_encoder
 from .turbo_vae import TINY_CONFIG, write_turbo_vae
+
+OnFile = Callable[[str, int, int], object]
 
 __all__ = ["MODELS", "SIZES", "Size", "random_dit_tensors", "write_checkpoint", "write_dit"]
 
@@ -95,9 +98,11 @@ def write_checkpoint(
     size: str = "tiny",
     models: Sequence[str] = ("distill",),
     seed: int = 0,
-    on_file: Callable[[str, int, int], object] | None = None,
+    on_file: OnFile | None = None,
 ) -> None:
     """Write diffusion models, Turbo VAE, text encoder, image VAE and audio VAE below `root`.
+
+    Files appear under their names when all are complete; what ends the writing leaves nothing behind.
 
     Args:
         size: "tiny" (a few MB, for tests), "small", or "full" (the published sizes, 61 GB a model).
@@ -114,32 +119,36 @@ def write_checkpoint(
         raise InputError(f"models: expected some of {', '.join(MODELS)}, got {list(models)}")
     sizes, root, seed = SIZES[size], Path(root), check_seed(seed)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        write_turbo_vae(root / config.TURBO_VAE_FOLDER, config=sizes.turbo_vae, seed=seed)
-        write_text_encoder(
-            root / config.TEXT_ENCODER_FOLDER,
-            hidden=sizes.dit.text_in_channels,
-            layers=sizes.text_layers,
-            seed=seed,
-        )
-        write_image_vae(
-            root / config.IMAGE_VAE_FOLDER,
-            dim=sizes.image_dim,
-            decoder_dim=sizes.image_decoder_dim,
-            seed=seed,
-        )
-        write_audio_vae(root / config.AUDIO_VAE_FOLDER, channels=sizes.audio_channels, seed=seed)
-        for i, name in enumerate(models):
-            folder, shards, dtype = MODELS[name]
-            write_dit(
-                root / folder,
-                sizes.dit,
-                seed=seed + i + 1,
-                shards=shards,
-                linear_dtype=dtype,
-                on_file=on_file,
-            )
+        with whole_folder(root) as folder:
+            _write(folder, sizes, models, seed, on_file)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{root}: cannot write the checkpoint: {error}") from error
+
+
+def _write(root: Path, sizes: Size, models: Sequence[str], seed: int, on_file: OnFile | None) -> None:
+    write_turbo_vae(root / config.TURBO_VAE_FOLDER, config=sizes.turbo_vae, seed=seed)
+    write_text_encoder(
+        root / config.TEXT_ENCODER_FOLDER,
+        hidden=sizes.dit.text_in_channels,
+        layers=sizes.text_layers,
+        seed=seed,
+    )
+    write_image_vae(
+        root / config.IMAGE_VAE_FOLDER,
+        dim=sizes.image_dim,
+        decoder_dim=sizes.image_decoder_dim,
+        seed=seed,
+    )
+    write_audio_vae(root / config.AUDIO_VAE_FOLDER, channels=sizes.audio_channels, seed=seed)
+    for i, name in enumerate(models):
+        folder, shards, dtype = MODELS[name]
+        write_dit(
+            root / folder,
+            sizes.dit,
+            seed=seed + i + 1,
+            shards=shards,
+            linear_dtype=dtype,
+            on_file=on_file,
+        )

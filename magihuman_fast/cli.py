@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. `argv` are the arguments after the program's name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json, verbose = "--json" in arguments, "--verbose" in arguments
-    with safe_streams(), as_exceptions():
+    with safe_streams(), as_exceptions() as ending:
         try:
             return _run(arguments)
         except (Exception, KeyboardInterrupt) as error:
-            return _fail(error, as_json, verbose)
+            return _fail(ending.raised or error, as_json, verbose)
 
 
 def _run(arguments: list[str]) -> int:

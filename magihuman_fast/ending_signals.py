@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 # A supervisor may repeat itself or send several signals; what comes this soon after the first is the same wish, and
@@ -32,15 +33,23 @@ class Terminated(KeyboardInterrupt):
         self.number = number
 
 
+@dataclass
+class Ending:
+    """What the last signal has raised, if there was one: some libraries raise another error for it while imported."""
+
+    raised: KeyboardInterrupt | None = None
+
+
 @contextmanager
-def as_exceptions() -> Iterator[None]:
+def as_exceptions() -> Iterator[Ending]:
     """Within the block SIGINT, SIGTERM and SIGHUP raise `KeyboardInterrupt` or `Terminated` in the main thread.
 
     Only those with their default effect: one that is ignored, as SIGHUP under nohup, or handled by the program around,
     stays so. In other threads than the main one nothing changes: Python does not let them.
     """
+    ending = Ending()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield ending
         return
     first: float | None = None
 
@@ -50,7 +59,8 @@ def as_exceptions() -> Iterator[None]:
         if first is not None and now - first < PATIENCE:
             return
         first = now
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+        ending.raised = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+        raise ending.raised
 
     taken = {}
     try:
@@ -58,7 +68,7 @@ def as_exceptions() -> Iterator[None]:
             if signal.getsignal(number) is default:
                 taken[number] = default
                 signal.signal(number, end)
-        yield
+        yield ending
     finally:
         for number, default in taken.items():
             signal.signal(number, default)

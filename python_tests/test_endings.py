@@ -185,6 +185,17 @@ def test_called_from_a_program(number: signal.Signals, ended_by: Any) -> None:
     assert {n: signal.getsignal(n) for n in CODES} == before
 
 
+def test_signal_that_a_library_takes_for_something_else(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(args: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("no such library") from error
+
+    monkeypatch.setattr(commands, "info", info)
+    assert run("info") == (143, "", "error: interrupted by SIGTERM\n")
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
     before = {n: signal.getsignal(n) for n in CODES}

@@ -29,6 +29,7 @@ _POINTERS = (
     (b"# xet version", f"a git-xet pointer, not the file: {_AGAIN} (git xet, or hf download)"),
     (b"/annex/objects/", "a git-annex pointer, not the file: git annex get brings it"),
 )
+_PAGE = re.compile(rb"\s*<(!doctype\s+html|html|head)\b", re.IGNORECASE)
 _PARTS = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 _GATED = re.compile(
     r"restricted|gated|authorized list|must (?:have access|be authenticated|accept)|awaiting a review"
@@ -66,6 +67,18 @@ def fault(path: Path) -> str | None:
                     return f"{size} bytes without the directory that ends such a file, cut short: {_AGAIN}"
     except OSError:
         pass
+    return None
+
+
+def page_or_pointer(path: Path) -> str | None:
+    """What a file of any kind is, a picture or a sound, if it is an empty one, a pointer or a web page; else None."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
+    except OSError:
+        return None
+    if not head or any(head.startswith(begin) for begin, _ in _POINTERS) or _PAGE.match(head):
+        return fault(path)
     return None
 
 

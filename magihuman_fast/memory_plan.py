@@ -31,7 +31,6 @@ from .memory_estimate import (
     bytes_texts,
     decode_bytes,
 )
-from .number_checks import apart
 from .turbo_vae import decode_bytes as kernel_decode_bytes
 from .turbo_vae_config import TurboVAEConfig
 
@@ -220,17 +219,21 @@ def check_request(
     step, decode = needs(shapes)
     if capacity is None or weight_bytes + max(step, decode) <= capacity:
         return step, decode
-    free, seconds = capacity - weight_bytes, [(shapes[0].audio - 1) / FPS]
+    free, fitting = capacity - weight_bytes, "no length"
     for frames in range(latent_frames(audio_latents(MIN_SECONDS)), shapes[0].frames):
-        audio = VAE_TIME_STRIDE * (frames - 1) + 1
+        audio = VAE_TIME_STRIDE * (frames - 1) + 2  # the most that go with as many frames
         if max(needs([ClipShape(frames, s.height, s.width, audio) for s in shapes])) > free:
             break
-        seconds[1:] = [(audio - 1) / FPS]
-    asked, *longest = apart(seconds, lambda value, digits: f"{value:.{digits}f} s", 1)
-    fitting = longest[0] if longest else "no length"
+        fitting = _length_text(frames)
     width, height = shapes[-1].size
     needed, step_text, decode_text, free_text = bytes_texts(max(step, decode), step, decode, max(free, 0))
     raise InsufficientMemory(
-        f"size, seconds: {asked} of {width}x{height} need {needed} beside the weights (steps {step_text}, "
-        f"decoding {decode_text}), {free_text} are free; {fitting} would fit at this size"
+        f"size, seconds: {_length_text(shapes[0].frames)} of {width}x{height} need {needed} beside the weights "
+        f"(steps {step_text}, decoding {decode_text}), {free_text} are free; {fitting} would fit at this size"
     )
+
+
+def _length_text(frames: int) -> str:
+    """How long a clip of that many latent frames can be: rounded down, so that it is no frame more."""
+    tenths = 10 * (VAE_TIME_STRIDE * (frames - 1) + 1) // FPS
+    return f"{tenths / 10:.1f} s"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .download_faults import page_or_pointer
 from .errors import InputError
 from .file_paths import PathLike, require_input
 from .picture_colours import Colours, Depth, plain_rgb
@@ -62,8 +63,13 @@ def load_image(
     if isinstance(image, (str, os.PathLike)):
         path = require_input(image, "image")
         name = f"image {path}"
-        with _reading(name):
-            return _from_bytes(_content(path), colours, name)
+        try:
+            with _reading(name):
+                return _from_bytes(_content(path), colours, name)
+        except InputError as error:
+            if (found := page_or_pointer(path)) is None:
+                raise
+            raise InputError(f"{name}: expected a picture, found {found}") from error
     with _reading("image"):
         picture = _from_object(image, colours)
         return picture.copy() if picture is image else picture

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .child_process import CHILD, child_command, ending
+from .download_faults import page_or_pointer
 from .errors import InputError
 from .file_paths import PathLike, require_input
 
@@ -55,7 +56,9 @@ def load_audio(
         if not torch.isfinite(mono).all():
             raise InputError("expected finite samples, found NaN or infinity")
     except InputError as error:
-        raise InputError(f"audio {path}: {error}") from error
+        found = page_or_pointer(path)
+        reason = str(error) if found is None else f"expected sound, found {found}"
+        raise InputError(f"audio {path}: {reason}") from error
     for note in notes:
         log.warning("audio %s: %s", path, note)
     return mono.clamp_(-1, 1).repeat(2, 1)

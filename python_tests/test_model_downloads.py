@@ -11,9 +11,11 @@ import pytest
 
 from magihuman_fast.checkpoint_check import check_checkpoint
 from magihuman_fast.download_faults import fault
-from magihuman_fast.errors import CheckpointError
+from magihuman_fast.errors import CheckpointError, InputError
 from magihuman_fast.image_encoder import ImageEncoder
+from magihuman_fast.picture_files import load_image
 from magihuman_fast.pipeline import MagiHumanPipeline
+from magihuman_fast.sound_files import load_audio
 from magihuman_fast.text_encoder import TextEncoder
 from magihuman_fast.weights import open_checkpoint
 
@@ -307,3 +309,12 @@ def test_reading_mapped_tensors_needs_whole_files(root: Path) -> None:
     replace(root / SHARDS[0], LFS)
     with pytest.raises(CheckpointError, match="a git-lfs pointer"):
         list(checkpoint.tensors())
+
+
+@pytest.mark.parametrize("what", ["git-lfs", "git-xet", "git-annex", "HTML", "empty"])
+def test_pictures_and_sounds_too(tmp_path: Path, what: str) -> None:
+    body, message = BODIES[what]
+    for name, load in (("face.png", load_image), ("voice.wav", load_audio)):
+        (tmp_path / name).write_bytes(body)
+        with pytest.raises(InputError, match=rf"{name}: expected .*, found {re.escape(message)}"):
+            load(tmp_path / name)

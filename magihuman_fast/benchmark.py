@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -25,11 +24,11 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .child_process import end_with_parent, tied
 from .config import TURBO_VAE_FOLDER
 from .errors import InputError, InsufficientMemory
-from .kernel_check_child import end_with_parent
 from .loading import resolve_device
-from .number_checks import as_integer
+from .number_checks import as_integer, shown
 from .pipeline import MagiHumanPipeline
 from .synthetic.device import random_pipeline, random_turbo_vae
 from .turbo_vae import TurboVAE
@@ -63,7 +62,7 @@ class Setting:
             raise InputError(f"presets: expected some of {', '.join(PRESETS)}, got {list(self.presets)}")
         runs = as_integer(self.runs)
         if runs is None or runs < 1:
-            raise InputError(f"runs: expected a positive integer, got {self.runs!r}")
+            raise InputError(f"runs: expected a positive integer, got {shown(self.runs)}")
         object.__setattr__(self, "runs", runs)  # the record is written as JSON
 
     def request(self, preset: str) -> dict[str, Any]:
@@ -329,14 +328,9 @@ def cold_start(setting: Setting, preset: str) -> dict[str, float]:
     values = asdict(setting) | {"model": None if setting.model is None else str(setting.model)}
     code = "import sys, time; begun = time.time(); from magihuman_fast import benchmark; benchmark.start_cold(begun)"
     command = [sys.executable, "-c", code, json.dumps(values), preset]
-    # A pipe that ends with this process, or with this call however that ends, and with it the other process.
-    theirs, ours = os.pipe()
-    try:
+    with tied() as stdin:
         begun = time.time()
-        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True)
-    finally:
-        os.close(theirs)
-        os.close(ours)
+        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"cold start: the process failed: {done.stderr.strip()[-500:]}")
     marks: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

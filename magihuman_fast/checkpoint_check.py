@@ -36,11 +36,12 @@ from .reference.dit import config_from_shapes, rope_bands
 from .reference.turbo_vae import CHECKPOINT_NAME, CONFIG_NAME, TurboVAE
 from .text_encoder import TextEncoder
 from .turbo_vae_config import TurboVAEConfig
-from .weights import Checkpoint, TensorEntry, open_checkpoint, read_json
+from .weights import Checkpoint, TensorEntry, open_checkpoint, read_json, reading
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BF16_FOLDERS = {VARIANTS["base"].folder}  # published with bfloat16 layer linears; all others are float32
+_MAX_LOOKED_FOR = 50
 _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -92,6 +93,7 @@ class CheckReport:
         return {"root": str(self.root), "ok": self.ok, "components": components, "memory": memory}
 
 
+@reading()
 def check_checkpoint(
     root: Path | str,
     *,
@@ -251,6 +253,7 @@ def _read_headers(path: Path, prefix: str = "") -> tuple[dict[str, TensorEntry],
         return {}, set(), [reason]
     entries: dict[str, TensorEntry] = {}
     promised: set[str] = set()
+    missing: set[Path] = set()
     problems = []
     for shard in sorted(set(weight_map.values())):
         claimed = {key for key, where in weight_map.items() if where == shard}
@@ -262,7 +265,10 @@ def _read_headers(path: Path, prefix: str = "") -> tuple[dict[str, TensorEntry],
             continue
         files = [file for file in (path / shard, path / f"{shard}.zst") if file.is_file()]
         if not files:
-            problems.append(f"{_missing(path / shard)}; tensors in it: {len(claimed)}")
+            # What a download left is looked for beside the first ones: an index may name any number.
+            what = _missing(path / shard) if len(missing) < _MAX_LOOKED_FOR else f"{shard}: missing"
+            missing.add(shard)
+            problems.append(f"{what}; tensors in it: {len(claimed)}")
             promised |= claimed
             continue
         try:

@@ -6,18 +6,27 @@ import json
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.spawn import get_executable
+from pathlib import Path
 from typing import Any
 
 # Set in a child, and only there. What was started in its place, such as the program that embeds Python, starts no more.
 CHILD = "MAGIHUMAN_FAST_CHILD"
 # The child imports what its parent does, from wherever that comes.
 PROGRAM = """\
-import importlib, json, sys
+import importlib.util, json, sys
 job = json.loads(sys.argv[1])
 sys.path[:] = job["path"]
+spec = importlib.util.spec_from_file_location("magihuman_fast", job["package"])
+sys.modules["magihuman_fast"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["magihuman_fast"])
 importlib.import_module("magihuman_fast." + job["module"]).serve(job)
 """
+# By place: a name would be looked up anew, perhaps from another working folder.
+_PACKAGE = str(Path(__file__).resolve().with_name("__init__.py"))
 
 
 def child_command(module: str, job: dict[str, Any]) -> list[str]:
@@ -36,8 +45,34 @@ def child_command(module: str, job: dict[str, Any]) -> list[str]:
         raise OSError("a frozen application is no interpreter")
     if CHILD in os.environ:
         raise OSError("this process was started to do one piece of work")
-    job = job | {"module": module, "path": list(map(str, sys.path))}
+    job = job | {"module": module, "package": _PACKAGE, "path": list(map(str, sys.path))}
     return [interpreter, "-P", "-u", "-c", PROGRAM, json.dumps(job)]
+
+
+@contextmanager
+def tied() -> Iterator[int]:
+    """The standard input of a child that ends with the block, and with this process, by `end_with_parent`."""
+    theirs, ours = os.pipe()
+    try:
+        yield theirs
+    finally:
+        os.close(theirs)
+        os.close(ours)
+
+
+def end_with_parent() -> None:
+    """In a child: end when standard input does.
+
+    The thread could not, were Python's lock held for ever, or the other end of the pipe by a process that the parent
+    has forked.
+    """
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def ending(code: int) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import config
 from .config import SUPER_RESOLUTIONS, VARIANTS
-from .ending_signals import Terminated, as_exceptions
+from .ending_signals import Ending, Terminated, as_exceptions
 from .errors import Cancelled, CheckpointError, InputError, OutputError
 from .standard_streams import safe_streams, shown, write_result
 
@@ -75,12 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, verbose = "--json" in arguments, "--verbose" in arguments
     with safe_streams(), as_exceptions() as ending:
         try:
-            return _run(arguments)
+            return _run(arguments, ending)
         except (Exception, KeyboardInterrupt) as error:
+            # CPython remembers an interruption that has left an exec(), as of a module being imported, until the next
+            # one, and would end by SIGINT whatever is returned here.
+            exec("")
             return _fail(ending.raised or error, as_json, verbose)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], ending: Ending) -> int:
     told = io.StringIO()
     try:
         # Left to itself argparse prints help on stderr where there is no stdout.
@@ -95,7 +98,10 @@ def _run(arguments: list[str]) -> int:
         )
     # Libraries that print must not spoil the result.
     with _logging(args), contextlib.redirect_stdout(sys.stderr):
-        answer: Answer = getattr(import_module(".commands", __package__), args.command)(args)
+        with ending.held():
+            commands = import_module(".commands", __package__)
+        answer: Answer = getattr(commands, args.command)(args)
+    ending.again()
     text = json.dumps(answer.values) if args.json else answer.text
     if text:
         write_result(text)
@@ -144,6 +150,12 @@ def _logging(args: argparse.Namespace) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _path(text: str) -> Path:
+    if not text:  # as of a variable that is not set: to Path it would be this folder
+        raise argparse.ArgumentTypeError("expected a name, got ''")
+    return Path(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -198,15 +210,19 @@ the published weights (DIR is a folder of yours; all of the first repository is 
     )
     add = generate.add_argument
     add(
-        "--model", type=Path, required=True, metavar="DIR", help="folder of distill/, turbo_vae/ and the rest"
+        "--model",
+        type=_path,
+        required=True,
+        metavar="DIR",
+        help="folder of distill/, turbo_vae/ and the rest",
     )
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what happens and what is said")
     prompt.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file, - for stdin"
+        "--prompt-file", type=_path, metavar="FILE", help="read the prompt from a file, - for stdin"
     )
-    add("--output", type=Path, required=True, metavar="FILE.mp4", help="the video to write")
-    add("--image", type=Path, metavar="FILE", help="picture of the first frame")
+    add("--output", type=_path, required=True, metavar="FILE.mp4", help="the video to write")
+    add("--image", type=_path, metavar="FILE", help="picture of the first frame")
     add(
         "--image-background",
         metavar="COLOR",
@@ -217,7 +233,7 @@ the published weights (DIR is a folder of yours; all of the first repository is 
         action="store_true",
         help="take a picture's colours as stored instead of converting them by its ICC profile to sRGB",
     )
-    add("--audio", type=Path, metavar="FILE", help="sound that drives the video and goes into it")
+    add("--audio", type=_path, metavar="FILE", help="sound that drives the video and goes into it")
     add("--seconds", type=float, default=5, metavar="S", help="length, 1 to 60 (default: 5)")
     add("--size", type=_size, default=(448, 256), metavar="WxH", help="first-stage pixels (default: 448x256)")
     add("--seed", type=int, default=42, metavar="N", help="of all noise, 0 to 2^64 - 1 (default: 42)")
@@ -262,7 +278,9 @@ examples:
   {PROGRAM} check DIR
   {PROGRAM} check DIR --sr 1080p --json""",
     )
-    check.add_argument("folder", type=Path, metavar="DIR", help="folder of distill/, turbo_vae/ and the rest")
+    check.add_argument(
+        "folder", type=_path, metavar="DIR", help="folder of distill/, turbo_vae/ and the rest"
+    )
     _add_components(check)
 
     synth = _command(
@@ -275,7 +293,7 @@ examples:
   {PROGRAM} synth DIR
   {PROGRAM} synth DIR --size full --models distill,540p""",
     )
-    synth.add_argument("folder", type=Path, metavar="DIR", help="folder to write, new or empty")
+    synth.add_argument("folder", type=_path, metavar="DIR", help="folder to write, new or empty")
     sizes = ("tiny", "small", "full")
     synth.add_argument(
         "--size", choices=sizes, default="tiny", help="full: the published sizes (default: tiny)"
@@ -298,7 +316,7 @@ examples:
   {PROGRAM} bench --presets 256p,1080p --json""",
     )
     add = bench.add_argument
-    add("--model", type=Path, metavar="DIR", help="a checkpoint (default: random weights)")
+    add("--model", type=_path, metavar="DIR", help="a checkpoint (default: random weights)")
     add(
         "--presets",
         type=_presets,
@@ -356,9 +374,9 @@ def _add_components(command: argparse.ArgumentParser) -> None:
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the models (default: bf16)")
     add(
         "--text-encoder",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help=f"default: {config.TEXT_ENCODER_FOLDER} below the model",
     )
-    add("--image-vae", type=Path, metavar="DIR", help=f"default: {config.IMAGE_VAE_FOLDER} below the model")
-    add("--audio-vae", type=Path, metavar="DIR", help=f"default: {config.AUDIO_VAE_FOLDER} below the model")
+    add("--image-vae", type=_path, metavar="DIR", help=f"default: {config.IMAGE_VAE_FOLDER} below the model")
+    add("--audio-vae", type=_path, metavar="DIR", help=f"default: {config.AUDIO_VAE_FOLDER} below the model")

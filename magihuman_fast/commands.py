@@ -270,15 +270,20 @@ def _check_text(report: CheckReport, precision: str, quiet: bool) -> str:
 def synth(args: argparse.Namespace) -> Answer:
     """Write a checkpoint of random weights, if there is room for it."""
     folder: Path = args.folder
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: expected a folder, found a file")
-    if folder.is_dir() and any(folder.iterdir()) and not args.force:
-        raise OutputError(
-            f"{folder}: expected an empty folder, found files; --force writes among and over them"
-        )
     needed = checkpoint_bytes(args.size, args.models)
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(existing).free
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder}: expected a folder, found a file")
+        if folder.is_dir() and any(folder.iterdir()) and not args.force:
+            raise OutputError(
+                f"{folder}: expected an empty folder, found files; --force writes among and over them"
+            )
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(existing).free
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error}") from error
     if needed > free:
         expected, found = bytes_texts(needed, free)
         raise OutputError(f"{folder}: expected {expected} of free disk, found {found}")

@@ -29,7 +29,12 @@ _POINTERS = (
     (b"# xet version", f"a git-xet pointer, not the file: {_AGAIN} (git xet, or hf download)"),
     (b"/annex/objects/", "a git-annex pointer, not the file: git annex get brings it"),
 )
-_PAGE = re.compile(rb"\s*<(!doctype\s+html|html|head)\b", re.IGNORECASE)
+# Of a server, in place of a file of any kind; XML alone is no sign, as a picture may be some.
+_PAGE = re.compile(
+    rb"\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head)\b|\s*(<\?xml[^>]*>\s*)?<error\b"
+    rb"|\s*\{\s*\"(error|message|detail)\"",
+    re.IGNORECASE | re.DOTALL,
+)
 _PARTS = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 _GATED = re.compile(
     r"restricted|gated|authorized list|must (?:have access|be authenticated|accept)|awaiting a review"
@@ -65,8 +70,8 @@ def fault(path: Path) -> str | None:
                 file.seek(max(0, size - _ZIP_TAIL))
                 if b"PK\x05\x06" not in file.read(_ZIP_TAIL):
                     return f"{size} bytes without the directory that ends such a file, cut short: {_AGAIN}"
-    except OSError:
-        pass
+    except OSError as error:
+        return f"a file that cannot be read: {error.strerror}"
     return None
 
 
@@ -92,7 +97,9 @@ def _words(head: bytes, size: int, *, is_json: bool) -> str | None:
         # The last character of a long text may be cut.
         text = codecs.getincrementaldecoder("utf-8")().decode(start, final=size <= _HEAD)
     except UnicodeDecodeError:
-        return None
+        if not _PAGE.match(start):
+            return None
+        text = start.decode("latin-1")
     if not text or any(not (c.isprintable() or c in "\t\r\n\f") for c in text):
         return None
     if text.startswith("<"):
@@ -121,7 +128,7 @@ def _error_message(text: str) -> str | None:
         return None
     if not isinstance(content, dict) or len(content) > 5:
         return None
-    return next((str(content[k]) for k in ("error", "message", "detail", "errors") if content.get(k)), None)
+    return next((str(content[k]) for k in ("error", "message", "detail") if content.get(k)), None)
 
 
 def _safetensors_cut(start: bytes, size: int, path: Path) -> str | None:
@@ -136,7 +143,7 @@ def _safetensors_cut(start: bytes, size: int, path: Path) -> str | None:
             try:
                 header = json.loads(file.read(length))
                 ends = [int(i["data_offsets"][1]) for n, i in header.items() if n != "__metadata__"]
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            except Exception:  # whatever a hostile header brings about: its own reader tells of it
                 return None
         expected, exactly = expected + max(ends, default=0), ""
     if size == expected:
@@ -169,7 +176,9 @@ def _part_of(path: Path) -> Path | None:
     for entry in _entries(path.parent):
         if entry.name.startswith(names) and (entry.suffix in _PARTS or entry.name[0] == "."):
             return entry
-    hashed = base64.urlsafe_b64encode(hashlib.sha1(os.fsencode(f"{path.name}.metadata")).digest()).decode()
+    hashed = base64.urlsafe_b64encode(
+        hashlib.sha1(f"{path.name}.metadata".encode("utf-8", "surrogatepass")).digest()
+    ).decode()
     for root in islice(path.parents, 3):
         kept = root / ".cache" / "huggingface" / "download" / path.parent.relative_to(root)
         for entry in _entries(kept):
@@ -216,6 +225,8 @@ def contents(folder: Path) -> str:
         return f"no folder {folder}: it is a link to {os.readlink(folder)}, which is not there"
     if not os.path.isdir(folder):
         return f"no folder {folder}{_if_hub_name(folder)}"
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return "a folder that cannot be read: permission denied"
     names = [entry.name for entry in _entries(folder)]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return (f"only: {shown}" if names else "an empty folder") + _if_hub_cache(folder)

@@ -38,6 +38,22 @@ class Ending:
     """What the last signal has raised, if there was one: some libraries raise another error for it while imported."""
 
     raised: KeyboardInterrupt | None = None
+    _held: bool = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block signals wait for its end. For imports: torch's C code drops what is raised in some."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        self.again()
+
+    def again(self) -> None:
+        """Raise what a signal has raised, if it is not on its way already."""
+        if self.raised is not None:
+            raise self.raised
 
 
 @contextmanager
@@ -60,7 +76,8 @@ def as_exceptions() -> Iterator[Ending]:
             return
         first = now
         ending.raised = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
-        raise ending.raised
+        if not ending._held:
+            raise ending.raised
 
     taken = {}
     try:

@@ -15,12 +15,19 @@ PathLike = str | os.PathLike[str]
 
 def require_input(path: PathLike, what: str) -> Path:
     """Return `path` if it is a file; `what` it holds is named in the `InputError` otherwise."""
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError as error:
+        raise InputError(f"{what}: expected a file's name, got {type(path).__name__}") from error
     try:
         if path.is_file():
-            return path
-        found = "something that is no file" if path.exists() else "nothing"
-    except OSError as error:
+            if os.access(path, os.R_OK):
+                return path
+            raise InputError(f"{what} {path}: cannot be read: permission denied")
+        found = "a folder" if path.is_dir() else "something that is no file" if path.exists() else "nothing"
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError(f"{what} {path}: cannot be read: {error}") from error
     raise InputError(f"{what} {path}: expected a file, found {found}")
 
@@ -31,9 +38,12 @@ def check_output_path(path: PathLike, suffix: str = ".mp4") -> Path:
     Raises:
         OutputError: wrong suffix, `path` is a folder, or its folder is missing or not writable.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError as error:
+        raise OutputError(f"expected a file's name, got {type(path).__name__}") from error
     if path.suffix.lower() != suffix:
-        raise OutputError(f"{path}: expected a name that ends in {suffix}, got {path.suffix!r}")
+        raise OutputError(f"{path}: expected a name that ends in {suffix}, got {path.name!r}")
     try:
         if not path.parent.is_dir():
             raise OutputError(f"{path}: expected an existing folder, got {path.parent}")
@@ -41,7 +51,7 @@ def check_output_path(path: PathLike, suffix: str = ".mp4") -> Path:
             raise OutputError(f"{path}: expected a file name, found a folder or device of that name")
     except OutputError:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError for a zero byte
         raise OutputError(f"{path}: cannot be written: {error}") from error
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: expected a writable folder, got {path.parent}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from . import config, media
-from .errors import Cancelled
+from .errors import Cancelled, InputError
 from .file_paths import PathLike
 from .request import Request
 
@@ -69,6 +69,10 @@ class Stages:
     """Names and times the stages of one run, and carries progress and cancellation."""
 
     def __init__(self, device: torch.device, on_step: OnStep | None, cancel: CancelEvent | None) -> None:
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step: expected a function, got {type(on_step).__name__}")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise InputError(f"cancel: expected an event with is_set(), got {type(cancel).__name__}")
         self.timings: dict[str, float] = {}
         self._device, self._on_step, self._cancel = device, on_step, cancel
 

@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from typing import IO, Any, Literal, TextIO
 import torch
 
 from . import kernel_check, ops
-from .child_process import CHILD, child_command, ending
+from .child_process import CHILD, child_command, end_with_parent, ending
 from .kernel_check_cases import CASES
 
 log = logging.getLogger(__name__)
@@ -257,9 +256,7 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 def serve(job: dict[str, Any]) -> None:
     """Check the kernels of a job one after another, telling of each as it starts and as it ends."""
-    # Should the parent be killed while a kernel hangs, nobody else would end this process. The thread could not, were
-    # Python's lock held for ever, or the other end of its pipe by a process that the parent has forked.
-    end_with_parent()
+    end_with_parent()  # should the parent be killed while a kernel hangs, nobody else would end this process
     faulthandler.dump_traceback_later(job["seconds"], exit=True)
     os.set_inheritable(job["answers"], False)
     _compute_exactly()
@@ -269,17 +266,6 @@ def serve(job: dict[str, Any]) -> None:
         sys.exit(f"{device} is {uuid} here, expected {job['uuid']}")
     with open(job["answers"], "w", encoding="utf-8", buffering=1) as answers:
         check_in_turn(job["kernels"], device, job["backend"], answers)
-
-
-def end_with_parent() -> None:
-    """End this process, from a thread, when its standard input does: a pipe whose other end the parent has open."""
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _compute_exactly() -> None:

@@ -25,7 +25,7 @@ from .ops import gpu_unavailable
 from .reference.dit import DiT, infer_config
 from .text_encoder import TextEncoder, TextEncoderOnDisk
 from .turbo_vae import TurboVAE
-from .weights import open_checkpoint
+from .weights import open_checkpoint, reading
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def choose(name: str, value: object, choices: Mapping[str, Any]) -> Any:
     return choices[value]
 
 
+@reading()
 def check_root(root: PathLike, variant: str, presets: Iterable[str]) -> None:
     """Refuse a root folder without the folders of the models that a run needs; nothing in them is looked at.
 
@@ -119,6 +120,7 @@ def measured_sizes(
     )
 
 
+@reading()
 def load_components(
     root: PathLike,
     *,

@@ -202,6 +202,7 @@ def check_request(
     stages: Sequence[tuple[Model, StepSpec]],
     weight_bytes: int,
     capacity: int | None,
+    seconds: float,
 ) -> tuple[int, int]:
     """Refuse a request that does not fit beside the weights; the bytes that its steps and its decode need.
 
@@ -228,7 +229,7 @@ def check_request(
     width, height = shapes[-1].size
     needed, step_text, decode_text, free_text = bytes_texts(max(step, decode), step, decode, max(free, 0))
     raise InsufficientMemory(
-        f"size, seconds: {_length_text(shapes[0].frames)} of {width}x{height} need {needed} beside the weights "
+        f"size, seconds: {seconds:g} s of {width}x{height} need {needed} beside the weights "
         f"(steps {step_text}, decoding {decode_text}), {free_text} are free; {fitting} would fit at this size"
     )
 

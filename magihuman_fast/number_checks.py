@@ -11,6 +11,16 @@ from .errors import InputError
 
 N = TypeVar("N", int, float)
 MAX_SEED = 2**64 - 1
+_MAX_SHOWN = 100  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """`value` for a message: shortened, and also where Python refuses to print so many digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def as_integer(value: object) -> int | None:
@@ -30,7 +40,7 @@ def as_real(value: object) -> float | None:
         return None
     try:
         return float(value if whole is None else whole)  # type: ignore[arg-type]
-    except OverflowError:
+    except (OverflowError, TypeError, ValueError):  # of numpy's times, which call themselves real
         return None
 
 
@@ -38,7 +48,7 @@ def integer_between(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int from `low` to `high`; an `InputError` names what else it is."""
     number = as_integer(value)
     if number is None or not low <= number <= high:
-        raise InputError(f"{name}: expected an integer from {low} to {high}, got {value!r}")
+        raise InputError(f"{name}: expected an integer from {low} to {high}, got {shown(value)}")
     return number
 
 
@@ -46,7 +56,7 @@ def check_seed(seed: object) -> int:
     """`seed` as an int, if torch's generators take it."""
     number = as_integer(seed)
     if number is None or not 0 <= number <= MAX_SEED:
-        raise InputError(f"seed: expected an integer from 0 to 2^64 - 1, got {seed!r}")
+        raise InputError(f"seed: expected an integer from 0 to 2^64 - 1, got {shown(seed)}")
     return number
 
 

@@ -144,7 +144,9 @@ def _keyed_alpha(image: Image, key: Any, depth: Depth) -> Image | None:
     from PIL.Image import fromarray
 
     wanted = key if isinstance(key, tuple) else (key,)
-    if len(wanted) != {"L": 1, "RGB": 3}.get(image.mode) or not all(isinstance(v, int) for v in wanted):
+    if len(wanted) != {"L": 1, "RGB": 3}.get(image.mode):
+        return None
+    if not all(isinstance(value, int) and 0 <= value <= 65535 for value in wanted):
         return None
     if max(wanted) > 255 and image.mode == "RGB":
         factor, divisor = _KEY_SCALES["RGB;16B"]  # loaded by others: the depth shows in the values

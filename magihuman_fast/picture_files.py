@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
@@ -33,8 +33,9 @@ _MAX_IMAGE_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB
 _MAX_FILE_BYTES = 768 << 20  # more than that many pixels of 16-bit RGBA take
 # A closed list, because other readers do more than read: EPS runs Ghostscript.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-# What is done with warnings is one setting of the whole process. Reentrant: a log handler may read a picture.
-_reading_lock = threading.RLock()
+_thread = threading.local()  # `heard`: what Pillow has warned of while this thread reads a picture
+_libtiff_lock = threading.Lock()
+_readers: list[int | None] = []  # the handler that was there before, then one entry for each that reads
 
 
 def load_image(
@@ -211,17 +212,12 @@ def _reading(name: str) -> Iterator[None]:
     """Errors become `InputError`s and Pillow's warnings log lines, each with the picture's name."""
     from PIL import Image, UnidentifiedImageError
 
-    caught: list[warnings.WarningMessage] = []
-    quiet, pillow = logging.NullHandler(), logging.getLogger("PIL")
+    _hear_pillow()
+    outer, _thread.heard = getattr(_thread, "heard", None), dict[str, None]()
     level = logging.DEBUG  # of a picture that is refused the error tells enough
     try:
-        with _reading_lock, _quiet_libtiff(), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            pillow.addHandler(quiet)  # without any handler its errors would go to stderr
-            try:
-                yield
-            finally:
-                pillow.removeHandler(quiet)
+        with _quiet_libtiff():
+            yield
         level = logging.WARNING
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
@@ -233,7 +229,49 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:  # damaged files: OSError, SyntaxError, struct.error, MemoryError and others
         raise InputError(f"{name}: cannot be read: {_reason(error)}") from error
     finally:
-        _pass_on(caught, name, level)
+        heard, _thread.heard = _thread.heard, outer
+        for text in heard:
+            log.log(level, "%s: %s", name, text)
+
+
+def _hear_pillow() -> None:
+    """From now on what Pillow warns of, or logs, while a thread reads a picture here is kept for that thread.
+
+    Not by `warnings.catch_warnings`, which would switch the whole process to and fro under other threads. All else that
+    is warned of goes on to whoever showed it before. (Whoever uses `catch_warnings` takes this back as well.)
+    """
+    import PIL
+
+    library, show = os.path.dirname(PIL.__file__), warnings.showwarning
+    if hasattr(show, "hears_pillow"):
+        return
+
+    def showwarning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        heard = getattr(_thread, "heard", None)
+        if heard is not None and filename.startswith(library):
+            heard[str(message)] = None
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    def keep(record: logging.LogRecord) -> bool:
+        heard = getattr(_thread, "heard", None)
+        if heard is not None and record.levelno >= logging.WARNING:
+            heard[record.getMessage()] = None
+        return heard is None
+
+    showwarning.hears_pillow = True  # type: ignore[attr-defined]
+    warnings.showwarning = showwarning
+    logger = logging.getLogger("PIL.TiffImagePlugin")  # the only one that logs more than details
+    if not any(hasattr(known, "hears_pillow") for known in logger.filters):
+        keep.hears_pillow = True  # type: ignore[attr-defined]
+        logger.addFilter(keep)
 
 
 @contextmanager
@@ -243,36 +281,28 @@ def _quiet_libtiff() -> Iterator[None]:
     if library is None:
         yield
         return
-    before = library.TIFFSetErrorHandler(None)
+    with _libtiff_lock:
+        if not _readers:
+            _readers.append(library.TIFFSetErrorHandler(None))
+        _readers.append(None)
     try:
         yield
     finally:
-        library.TIFFSetErrorHandler(before)
+        with _libtiff_lock:
+            _readers.pop()
+            if len(_readers) == 1:
+                library.TIFFSetErrorHandler(_readers.pop())
 
 
 @cache
 def _libtiff() -> ctypes.CDLL | None:
-    """The one that Pillow has loaded."""
-    from PIL import _imaging  # noqa: F401
+    """The one that Pillow uses: found from its own library, because others may be loaded too."""
+    from PIL import _imaging
 
     try:
-        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-            path = next((line.split(maxsplit=5)[5].strip() for line in maps if "/libtiff" in line), None)
-        library = None if path is None else ctypes.CDLL(path)
-        if library is not None:
-            library.TIFFSetErrorHandler.argtypes = [ctypes.c_void_p]
-            library.TIFFSetErrorHandler.restype = ctypes.c_void_p
-    except (OSError, AttributeError):
+        library = ctypes.CDLL(_imaging.__file__)
+        library.TIFFSetErrorHandler.argtypes = [ctypes.c_void_p]
+        library.TIFFSetErrorHandler.restype = ctypes.c_void_p
+    except (OSError, AttributeError, TypeError):
         return None
     return library
-
-
-def _pass_on(caught: list[warnings.WarningMessage], name: str, level: int) -> None:
-    import PIL
-
-    library = os.path.dirname(PIL.__file__)
-    for text in dict.fromkeys(str(w.message) for w in caught if w.filename.startswith(library)):
-        log.log(level, "%s: %s", name, text)
-    for warning in caught:
-        if not warning.filename.startswith(library):  # of another thread
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

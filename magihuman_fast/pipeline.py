@@ -188,7 +188,7 @@ class MagiHumanPipeline:
         with self._turn:
             limits, room = [], _Room()
             for keys in clips:
-                room = self._reserve(keys)
+                room = self._reserve(keys, seconds)
                 limits.append(self.engine.limit)
             # What all of them can stay within, whichever is decoded.
             self.engine.limit = min((limit for limit in limits if limit is not None), default=None)
@@ -285,24 +285,23 @@ class MagiHumanPipeline:
         guided = self.variant.guided or sr_guidance
         if negative_prompt is not None and not guided:
             log.warning("the negative prompt is not used: neither the model nor super-resolution is guided")
-        for name, value in (("prompt", prompt), ("negative_prompt", null_prompt if guided else "-")):
-            if not isinstance(value, str) or not value.strip():
-                raise InputError(f"{name}: expected text, got {value!r}")
         prompts = [prompt, null_prompt] if guided else [prompt]
+        for name, value in zip(("prompt", "negative_prompt"), prompts, strict=False):
+            self.text_encoder.tokens(value, name=name)
+        stages = Stages(self.device, on_step, cancel)
         pixels = self._load_image(image, request)
-        waveform = load_driving_audio(audio, seconds)
+        waveform = load_driving_audio(audio, seconds, partial(stages.check, "reading the sound"))
         length = seconds if waveform is None else waveform.shape[1] / DRIVING_SAMPLE_RATE
         latents = config.audio_latents(length, driven=waveform is not None)
         if waveform is not None:  # to its end: silence follows up to the last latent
             missing = latents * SAMPLES_PER_LATENT - waveform.shape[1]
             waveform = torch.nn.functional.pad(waveform, (0, missing))
         keys = self._steps(request, latents, sr_guidance)
-        stages = Stages(self.device, on_step, cancel)
         job = Job(request, prompts, pixels, waveform, length, seed, sr_guidance, stages)
         if self.device.type != "cuda":
-            return self._generate(job, self._reserve(keys))
+            return self._generate(job, self._reserve(keys, length))
         with stages.turn(self._turn):
-            return self._generate(job, self._reserve(keys))
+            return self._generate(job, self._reserve(keys, length))
 
     def _generate(self, job: Job, room: _Room) -> GenerationResult:
         request, stages = job.request, job.stages
@@ -394,7 +393,7 @@ class MagiHumanPipeline:
             keys.append(("super_resolution", spec))
         return keys
 
-    def _reserve(self, keys: Sequence[tuple[Stage, StepSpec]]) -> _Room:
+    def _reserve(self, keys: Sequence[tuple[Stage, StepSpec]], seconds: float) -> _Room:
         """Refuse what does not fit; how much captured steps may take during which stage.
 
         Steps, the decoder's buffers and a text encoder from disk stay side by side where they fit, else take turns.
@@ -409,7 +408,7 @@ class MagiHumanPipeline:
         held = weights + self.engine.pool.nbytes + self.turbo_vae.held_bytes
         capacity = device_capacity(self.device, self.memory_limit, held)
         steps, decode = check_request(
-            sizes, [(models[stage], spec) for stage, spec in keys], weights, capacity
+            sizes, [(models[stage], spec) for stage, spec in keys], weights, capacity, seconds
         )
         if capacity is None:
             return _Room()

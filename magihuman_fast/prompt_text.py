@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import select
 import sys
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -36,7 +38,7 @@ def read_prompt(path: Path) -> str:
         elif sys.stdin is None:
             raise InputError(f"{name}: expected text on stdin, got no stdin")
         else:  # whoever has replaced it may have done so by text
-            data = getattr(sys.stdin, "buffer", sys.stdin).read(MAX_BYTES + 1)
+            data = _whole(getattr(sys.stdin, "buffer", sys.stdin))
     except (OSError, ValueError) as error:  # a closed file is a ValueError, and so is InputError
         if isinstance(error, InputError):
             raise
@@ -44,6 +46,20 @@ def read_prompt(path: Path) -> str:
     if len(data) > MAX_BYTES:
         raise InputError(f"{name}: expected at most {MAX_BYTES} bytes of text, got more")
     return plain(_decoded(data, name) if isinstance(data, bytes) else data)
+
+
+def _whole(stream: Any) -> bytes | str:
+    """All of a stream that may not wait for what is not there yet, up to one more than is allowed."""
+    parts: list[Any] = []
+    while (total := sum(map(len, parts))) <= MAX_BYTES:
+        part = stream.read(MAX_BYTES + 1 - total)
+        if part is None:
+            select.select([stream], [], [])
+        elif part:
+            parts.append(part)
+        else:
+            break
+    return type(parts[0])().join(parts) if parts else b""
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -60,4 +76,4 @@ def _decoded(data: bytes, name: str) -> str:
 
 def plain(text: str) -> str:
     """`text` without a byte-order mark and blanks around it, every line ended by a newline alone."""
-    return text.removeprefix(_MARK).replace("\r\n", "\n").replace("\r", "\n").strip()
+    return text.strip().removeprefix(_MARK).replace("\r\n", "\n").replace("\r", "\n").strip()

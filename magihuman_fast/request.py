@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from . import config, sampler
 from .config import SuperResolution, Variant
 from .errors import InputError
 from .file_paths import PathLike
-from .number_checks import as_integer, as_real, check_seed
+from .number_checks import as_integer, as_real, check_seed, shown
 from .sound_files import DRIVING_SAMPLE_RATE, load_audio
 
 log = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ class Request:
 def _snapped(name: str, size: tuple[int, int]) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, Iterable) else ()
     if len(pair) != 2:
-        raise InputError(f"{name}: expected width and height, got {size!r}")
+        raise InputError(f"{name}: expected width and height, got {shown(size)}")
     sides = []
     for given in pair:
         side = as_integer(given)
         if side is None or not config.MIN_SIDE <= side <= config.MAX_SIDE:
             raise InputError(
-                f"{name}: expected sides of {config.MIN_SIDE} to {config.MAX_SIDE} pixels, got {given!r}"
+                f"{name}: expected sides of {config.MIN_SIDE} to {config.MAX_SIDE} pixels, got {shown(given)}"
             )
         sides.append(side)
     snapped = (config.snap_size(sides[0]), config.snap_size(sides[1]))
@@ -70,7 +70,7 @@ def check_request(
     length = as_real(seconds)
     if length is None or not low <= length <= high:
         raise InputError(
-            f"seconds: expected {low:g} to {high:g}, got {seconds if length is None else length!r}"
+            f"seconds: expected {low:g} to {high:g}, got {shown(seconds if length is None else length)}"
         )
     size = _snapped("size", (width, height))
     if sr is None and (sr_size is not None or sr_steps is not None):
@@ -100,23 +100,28 @@ def covered(seconds: float) -> tuple[float, int, float]:
 
 
 def load_driving_audio(
-    audio: PathLike | np.ndarray | torch.Tensor | None, seconds: float
+    audio: PathLike | np.ndarray | torch.Tensor | None,
+    seconds: float,
+    while_waiting: Callable[[], object] = lambda: None,
 ) -> torch.Tensor | None:
     """Driving sound as (2, n) float32 at 51200 Hz, at most `seconds` long; without any, None."""
     frames = config.clip_frames(seconds)
     if audio is None:
-        if frames != config.FPS * seconds:
+        if frames > round(config.FPS * seconds, 6):
             log.warning("%g s are no whole frames: the clip has %d and lasts %g s", *covered(seconds))
         return None
     rate = DRIVING_SAMPLE_RATE
     if isinstance(audio, (str, os.PathLike)):
-        waveform = load_audio(audio, seconds=seconds + 0.1)  # enough to see that there is more
+        waveform = load_audio(
+            audio, seconds=seconds + 0.1, while_waiting=while_waiting
+        )  # shows if there is more
     else:
         try:
             waveform = torch.as_tensor(audio)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"audio: expected a file, an array or a tensor: {error}") from error
-        if waveform.ndim != 2 or waveform.shape[0] != 2 or not waveform.is_floating_point():
+        dense = waveform.layout == torch.strided and not waveform.is_meta
+        if not dense or waveform.ndim != 2 or waveform.shape[0] != 2 or not waveform.is_floating_point():
             raise InputError(
                 f"audio: expected float (2, n) at {rate} Hz, got {tuple(waveform.shape)} {waveform.dtype}"
             )

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from .child_process import end_with_parent
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ _MAX_MEMORY = 4 << 30  # bytes of addresses: a header may ask for any amount
 
 
 def serve(job: dict[str, Any]) -> None:
-    """Read `file`, up to `limit` samples of `sample_rate`; to stdout go a line of JSON and the float32 samples.
+    """Read `file`, up to `limit` samples of `sample_rate`; to stdout go `mark`, a line of JSON and the float32 samples.
 
     The line has `error`, or None, and `notes`: what a user should know of how the file was read.
     """
+    end_with_parent()
+    resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], resource.RLIM_INFINITY))
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     memory = _MAX_MEMORY if most == resource.RLIM_INFINITY else min(_MAX_MEMORY, most)
     resource.setrlimit(resource.RLIMIT_AS, (memory, most))
@@ -66,6 +69,7 @@ def serve(job: dict[str, Any]) -> None:
     except InputError as failure:
         error = str(failure)
     with open(answer, "wb") as out:
+        out.write(job["mark"].encode())  # an interpreter may have printed before this function was called
         out.write(json.dumps({"error": error, "notes": notes}).encode() + b"\n")
         out.write(sound)
     os._exit(0)

@@ -133,14 +133,25 @@ class TextEncoder:
                 self._cache.popitem(last=False)
         return embedding
 
-    def _encode(self, prompt: str, name: str) -> TextEmbedding:
+    def tokens(self, prompt: str, *, name: str = "prompt") -> list[int]:
+        """The ids of a prompt's tokens, which needs no weights.
+
+        Raises:
+            InputError: as of `encode`.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"{name}: expected text, got {prompt!r}")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{name}: expected valid Unicode text: {error}") from error
-        ids = self._tokenizer(prompt, padding=False, truncation=False, verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer(prompt, padding=False, truncation=False, verbose=False)["input_ids"]
         if len(ids) > self._max_positions:
             raise InputError(f"{name}: expected at most {self._max_positions} tokens, got {len(ids)}")
+        return ids
+
+    def _encode(self, prompt: str, name: str) -> TextEmbedding:
+        ids = self.tokens(prompt, name=name)
         input_ids = torch.tensor([ids], device=self.device)
         # Given explicitly: left out, transformers would mask a token spelled "<pad>" in the prompt.
         mask = torch.ones_like(input_ids)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .download_faults import MAX_SAFETENSORS_HEADER, absence, contents, fault, hints, unfinished
-from .errors import CheckpointError
+from .errors import CheckpointError, MagiHumanError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -89,6 +89,19 @@ def require_file(path: Path) -> Path:
     if (found := unfinished(path)) is not None:
         raise CheckpointError(f"{path}: expected a file, found {found}")
     return path
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """A `CheckpointError` for what the system refuses of a checkpoint, such as a folder of another user."""
+    try:
+        yield
+    except MagiHumanError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or 'checkpoint'}: cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def unreadable(path: Path, expected: str, error: object) -> CheckpointError:

@@ -82,7 +82,7 @@ def main() -> None:
     read = {"sound": read_sound, "picture": read_picture}[args.kind]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     faulthandler.enable()
-    warnings.simplefilter("error")  # one that nobody caught is a failure
+    warnings.simplefilter("always")
     # What is logged is told properly; whatever else is on stderr is not.
     logging.getLogger("magihuman_fast").addHandler(logging.NullHandler())
     from magihuman_fast.errors import InputError

@@ -6,13 +6,18 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from magihuman_fast.picture_files import load_image
+
 PNG = b"\x89PNG\r\n\x1a\n"
 P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
 SRGB = ((0.43604, 0.22248, 0.01392), (0.38512, 0.7169, 0.09706), (0.14305, 0.06061, 0.71391))
+
+BIG_TEXT = zlib.compress(bytes(3 << 20))
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
@@ -125,3 +130,13 @@ def cmyk_profile() -> bytes:
     table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + bytes(nodes) + ramp * 3
     paper = b"XYZ " + bytes(4) + _fixed(0.8, 0.84, 0.6)
     return profile(b"CMYK", [(b"wtpt", paper), (b"A2B0", table), (b"A2B1", table)], b"Lab ", b"scnr")
+
+
+def gradient() -> Image.Image:
+    steps = np.linspace(10, 240, 24 * 32 * 3).astype(np.uint8)
+    return Image.fromarray(steps.reshape(24, 32, 3))
+
+
+def loaded(tmp_path: Path, data: bytes) -> np.ndarray:
+    (tmp_path / "picture").write_bytes(data)
+    return np.asarray(load_image(tmp_path / "picture"))

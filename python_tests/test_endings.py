@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,8 +19,6 @@ import pytest
 
 from magihuman_fast import cli, commands, ending_signals, kernel_check_child, standard_streams
 from magihuman_fast.ending_signals import Terminated, as_exceptions
-from magihuman_fast.errors import OutputError
-from magihuman_fast.synthetic import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "magihuman_fast"]
@@ -98,21 +97,6 @@ def test_signal_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (143, "", "error: interrupted by SIGTERM\n")
         assert list(tmp_path.iterdir()) == []
-
-
-def test_failed_checkpoint_leaves_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "turbo_vae").mkdir()
-    (tmp_path / "turbo_vae" / "mine").write_text("mine")
-
-    def fail(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match="No space left"):
-        write_checkpoint(tmp_path, on_file=fail)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-        "turbo_vae",
-        "turbo_vae/mine",
-    ]
 
 
 def test_children_end_too() -> None:
@@ -194,6 +178,47 @@ def test_signal_that_a_library_takes_for_something_else(run: Any, monkeypatch: p
 
     monkeypatch.setattr(commands, "info", info)
     assert run("info") == (143, "", "error: interrupted by SIGTERM\n")
+
+
+def test_signal_that_a_library_drops(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(args: object) -> commands.Answer:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return commands.Answer({}, "as if nothing had been")
+
+    monkeypatch.setattr(commands, "info", info)
+    assert run("info") == (143, "", "error: interrupted by SIGTERM\n")
+
+
+def test_imports_are_finished_first() -> None:
+    """What is raised within some of them is dropped."""
+    done = []
+
+    def imports(ending: ending_signals.Ending) -> None:
+        with ending.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("imported")
+
+    with as_exceptions() as ending, pytest.raises(Terminated):
+        imports(ending)
+    assert done == ["imported"]
+
+
+def test_signal_while_libraries_are_imported(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "a.mp4")
+    program = f"""
+import importlib.abc, os, signal, sys
+class Signal(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "numpy._core.overrides":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Signal())
+from magihuman_fast import cli
+sys.exit(cli.main(["generate", "--model", {str(tiny_checkpoint)!r}, "--prompt", "a", "--output", {output!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (143, "error: interrupted by SIGTERM\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -193,8 +193,8 @@ class TestOutputPath:
             (f"missing/a{suffix}", "expected an existing folder"),
             (f"file/a{suffix}", "expected an existing folder"),
             (f"folder{suffix}", "expected a file name"),
-            ("a.avi", f"ends in {suffix}, got '.avi'"),
-            ("a", f"ends in {suffix}, got ''"),
+            ("a.avi", f"ends in {suffix}, got 'a.avi'"),
+            ("a", f"ends in {suffix}, got 'a'"),
             ("x" * 300 + suffix, "cannot be written"),
         ):
             with pytest.raises(OutputError, match=message):

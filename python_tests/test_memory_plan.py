@@ -96,19 +96,19 @@ def test_requests_are_refused_with_what_would_fit() -> None:
     size = (1920, 1088)
     decode = decode_bytes(SIZES.turbo_vae, size, 32)
     steps = sum(spec.nbytes(model.config) + GRAPH_BYTES for model, spec in request_of(5, size))
-    assert check_request(SIZES, request_of(5, size), weights, None) == (steps, decode)
-    assert check_request(SIZES, request_of(5, size), weights, weights + decode) == (steps, decode)
-    with pytest.raises(InsufficientMemory, match=r"size, seconds: 5.0 s of 1920x1088 need"):
-        check_request(SIZES, request_of(5, size), weights, weights + decode - 1)
-    message = r"size, seconds: 60.0 s of 1920x1088 need .* are free; (\d+.\d) s would fit at this size"
+    assert check_request(SIZES, request_of(5, size), weights, None, 5) == (steps, decode)
+    assert check_request(SIZES, request_of(5, size), weights, weights + decode, 5) == (steps, decode)
+    with pytest.raises(InsufficientMemory, match=r"size, seconds: 5 s of 1920x1088 need"):
+        check_request(SIZES, request_of(5, size), weights, weights + decode - 1, 5)
+    message = r"size, seconds: 60 s of 1920x1088 need .* are free; (\d+.\d) s would fit at this size"
     with pytest.raises(InsufficientMemory, match=message) as refused:
-        check_request(SIZES, request_of(60, size), weights, weights + 30 * GIB)
+        check_request(SIZES, request_of(60, size), weights, weights + 30 * GIB, 60)
     longest = float(str(refused.value).split("; ")[1].split(" s ")[0])
-    check_request(SIZES, request_of(longest, size), weights, weights + 30 * GIB)
+    check_request(SIZES, request_of(longest, size), weights, weights + 30 * GIB, longest)
     with pytest.raises(InsufficientMemory):
-        check_request(SIZES, request_of(longest + 0.2, size), weights, weights + 30 * GIB)
+        check_request(SIZES, request_of(longest + 0.2, size), weights, weights + 30 * GIB, longest + 0.2)
     with pytest.raises(InsufficientMemory, match=r"0 B are free; no length would fit at this size"):
-        check_request(SIZES, request_of(2, size), weights, weights - 1)
+        check_request(SIZES, request_of(2, size), weights, weights - 1, 2)
 
 
 @pytest.mark.parametrize(

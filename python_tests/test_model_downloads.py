@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from magihuman_fast import checkpoint_check
 from magihuman_fast.checkpoint_check import check_checkpoint
-from magihuman_fast.download_faults import fault
+from magihuman_fast.download_faults import contents, fault
 from magihuman_fast.errors import CheckpointError, InputError
 from magihuman_fast.image_encoder import ImageEncoder
 from magihuman_fast.picture_files import load_image
@@ -30,6 +32,8 @@ BODIES = {
     "git-xet": (b"# xet version 0\nfilesize = 3\n", f"a git-xet pointer, not the file: {AGAIN}"),
     "git-annex": (b"/annex/objects/SHA256E-s3--00.pth\n", "a git-annex pointer, not the file: git annex get"),
     "HTML": (HTML, f"an HTML page ('Sign in'), not the file: {AGAIN}"),
+    "comment": (b"<!-- a -->\n" + HTML[4:], f"an HTML page ('Sign in'), not the file: {AGAIN}"),
+    "Latin-1": (b"<html><title>caf\xe9</title>", f"an HTML page ('caf\u00e9'), not the file: {AGAIN}"),
     "XML": (XML, "an XML message ('Access Denied'), not the file: where the model's page"),
     "text": (b"Entry not found", f"text ('Entry not found'), not the file: {AGAIN}"),
     "gated": (GATED, "is restricted. You must have access to it.'), not the file: where the model's page"),
@@ -311,10 +315,68 @@ def test_reading_mapped_tensors_needs_whole_files(root: Path) -> None:
         list(checkpoint.tensors())
 
 
-@pytest.mark.parametrize("what", ["git-lfs", "git-xet", "git-annex", "HTML", "empty"])
+@pytest.mark.parametrize(
+    "what", ["git-lfs", "git-xet", "git-annex", "HTML", "comment", "Latin-1", "XML", "JSON", "empty"]
+)
 def test_pictures_and_sounds_too(tmp_path: Path, what: str) -> None:
     body, message = BODIES[what]
     for name, load in (("face.png", load_image), ("voice.wav", load_audio)):
         (tmp_path / name).write_bytes(body)
         with pytest.raises(InputError, match=rf"{name}: expected .*, found {re.escape(message)}"):
             load(tmp_path / name)
+
+
+def test_hostile_files_only_fail(tmp_path: Path) -> None:
+    """What puts a fault into words must not fail itself."""
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,1e999]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected a safetensors file"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map":{"a":"\\ud800.safetensors"}}')
+    with pytest.raises(CheckpointError, match="missing shards"):
+        open_checkpoint(tmp_path)
+
+
+def test_folder_of_another_user(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "distill":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(CheckpointError, match=r"distill/.*: cannot be read: Permission denied"):
+        MagiHumanPipeline.from_pretrained(root, device="cpu")
+    with pytest.raises(CheckpointError, match=r"distill/.*: cannot be read: Permission denied"):
+        check_checkpoint(root)
+
+
+def test_file_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.pth").write_bytes(b"some")
+
+    def refused(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert fault(tmp_path / "a.pth") == "a file that cannot be read: Permission denied"
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    assert contents(tmp_path) == "a folder that cannot be read: permission denied"
+    for load in (load_audio, load_image):
+        with pytest.raises(InputError, match=r"a\.pth: cannot be read: permission denied"):
+            load(tmp_path / "a.pth")
+
+
+def test_leavings_are_looked_for_beside_few_of_many_shards(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    monkeypatch.setattr(checkpoint_check, "unfinished", lambda path: looked.append(path))
+    names = {f"key{i}": f"model-{i:05}-of-01000.safetensors" for i in range(1000)}
+    index = root / INDEX
+    index.unlink()
+    index.write_text(json.dumps({"weight_map": names}))
+    report = check_checkpoint(root)
+    (distill,) = (c for c in report.components if c.name == "distill")
+    assert sum("missing; tensors in it: 1" in problem for problem in distill.problems) == 1000
+    assert len(looked) <= 60

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import struct
-import subprocess
-import sys
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageFile
 
 import magihuman_fast
 from magihuman_fast import cli, commands, picture_copies, picture_files
 from magihuman_fast.errors import InputError
 from magihuman_fast.picture_files import load_image, to_rgb
-from picture_cases import P3, PNG, bomb, chunk, encoded, rgb_profile, segment, tiff
+from picture_cases import BIG_TEXT, P3, bomb, chunk, encoded, gradient, loaded, rgb_profile, segment, tiff
 
 
 class TestImage:
@@ -77,19 +73,6 @@ class TestImage:
         (tmp_path / "bomb.png").write_bytes(bomb(10_000, 9_000))
         with pytest.raises(InputError, match="at most 89478485 pixels, got 10000x9000"):
             load_image(tmp_path / "bomb.png")
-
-
-BIG_TEXT = zlib.compress(bytes(3 << 20))
-
-
-def gradient() -> Image.Image:
-    steps = np.linspace(10, 240, 24 * 32 * 3).astype(np.uint8)
-    return Image.fromarray(steps.reshape(24, 32, 3))
-
-
-def loaded(tmp_path: Path, data: bytes) -> np.ndarray:
-    (tmp_path / "picture").write_bytes(data)
-    return np.asarray(load_image(tmp_path / "picture"))
 
 
 @pytest.mark.parametrize(
@@ -343,80 +326,6 @@ def test_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "a.png").write_bytes(encoded(gradient(), "PNG") + bytes(1 << 20))
     with pytest.raises(InputError, match=r"a\.png: expected at most 1 MiB, got more"):
         load_image(tmp_path / "a.png")
-
-
-def test_pillows_warnings_are_logged_once_with_the_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    jpeg = encoded(gradient(), "JPEG")
-    malformed = segment(0xE2, b"MPF\0II*\0\x08\0\0\0\0\0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded(tmp_path, jpeg[:2] + malformed + jpeg[2:])
-    assert {r.name for r in caplog.records} == {"magihuman_fast.picture_files"}
-    assert len({r.getMessage() for r in caplog.records}) == len(caplog.records)
-    assert "picture: Image appears to be a malformed MPO file" in caplog.text
-
-
-def test_warnings_of_others_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = picture_files._check_canvas
-
-    def meanwhile(data: bytes) -> None:
-        warnings.warn_explicit("of another thread", UserWarning, "elsewhere.py", 1)
-        check(data)
-
-    monkeypatch.setattr(picture_files, "_check_canvas", meanwhile)
-    with pytest.warns(UserWarning, match="of another thread"):
-        loaded(tmp_path, encoded(gradient(), "PNG"))
-
-
-STDERR = """
-import logging, sys
-from magihuman_fast import InputError, load_image
-logging.getLogger("magihuman_fast").addHandler(logging.NullHandler())
-for name in sys.argv[1:]:
-    try:
-        load_image(name)
-    except InputError:
-        print("refused")
-"""
-
-
-def test_nothing_on_stderr(tmp_path: Path) -> None:
-    """Pillow's warnings and its logger's errors, libtiff's messages: of pictures that are refused."""
-    packed = bytearray(encoded(gradient(), "TIFF", compression="tiff_adobe_deflate"))
-    packed[8:30] = bytes(22)
-    cases = {
-        "packed.tif": bytes(packed),
-        "samples.tif": tiff("<", 8, 8, bytes(64), t277=5000),
-        "bomb.png": bomb(10_000, 9_000),
-        "larger_bomb.png": bomb(60_000, 60_000),
-    }
-    for name, data in cases.items():
-        (tmp_path / name).write_bytes(data)
-    names = [str(tmp_path / name) for name in cases]
-    done = subprocess.run(
-        [sys.executable, "-c", STDERR, *names],
-        capture_output=True,
-        text=True,
-        cwd=Path(magihuman_fast.__file__).parent.parent,
-    )
-    assert (done.stdout, done.stderr) == ("refused\n" * len(cases), "")
-
-
-def test_pillows_settings_are_left_alone(tmp_path: Path) -> None:
-    def settings() -> tuple[object, ...]:
-        return (
-            *(ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS),
-            *(list(warnings.filters), logging.getLogger("PIL").handlers[:]),
-        )
-
-    before = settings()
-    whole = encoded(gradient(), "PNG")
-    loaded(tmp_path, whole[:33] + chunk(b"zTXt", b"text\0\0" + BIG_TEXT) + whole[33:])
-    with pytest.raises(InputError):
-        loaded(tmp_path, PNG)
-    assert settings() == before
 
 
 def test_is_offered_by_the_package() -> None:

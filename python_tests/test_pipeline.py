@@ -27,7 +27,7 @@ from magihuman_fast.config import (
     super_resolution_size,
 )
 from magihuman_fast.media import write_video
-from magihuman_fast.request import check_request
+from magihuman_fast.request import check_request, load_driving_audio
 from magihuman_fast.sound_files import load_audio
 
 SMALL: dict[str, Any] = {"seconds": 1, "width": 64, "height": 64, "steps": 2}
@@ -151,6 +151,18 @@ def test_seconds_are_covered_by_whole_frames(
             video, sound = container.streams.video[0], container.streams.audio[0]
             assert video.frames == frames
             assert sound.duration * sound.time_base == pytest.approx(frames / 25, abs=1e-3)
+
+
+def test_only_lengths_that_are_no_whole_frames_are_told(
+    plain: MagiHumanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="magihuman_fast"):
+        for frames in range(25, 1501):
+            load_driving_audio(None, frames / 25)
+            load_driving_audio(None, frames * 0.04)
+        assert not caplog.messages
+        load_driving_audio(None, 2.5)
+    assert caplog.messages == ["2.5 s are no whole frames: the clip has 63 and lasts 2.52 s"]
 
 
 def test_published_lengths_stay_as_they_are() -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import soundfile
 import torch
 
 from magihuman_fast import child_process, media, sound_files
-from magihuman_fast.errors import InputError
+from magihuman_fast.errors import Cancelled, InputError
 from magihuman_fast.sound_files import load_audio
 from media_cases import clip, layout_places, peak_frequency, png, stereo, tone, wav_bytes, write_sound
 
@@ -168,6 +173,21 @@ class TestDamage:
             load_audio(tmp_path / "a.flac")
         assert load_audio(tmp_path / "a.flac", seconds=600.5).shape[1] == 600.5 * RATE
 
+    @pytest.mark.parametrize("rate", [0, -1, 999, 768_001, 44100.0, True, "44100"])
+    def test_bad_rates_are_refused(self, tmp_path: Path, rate: Any) -> None:
+        with pytest.raises(InputError, match=r"sample_rate: expected an integer from 1000 to 768000, got "):
+            load_audio(tmp_path / "none.wav", rate)
+
+    def test_numbers_of_numpy(self, tmp_path: Path) -> None:
+        soundfile.write(tmp_path / "a.wav", tone(0.2, 44100), 44100)
+        assert load_audio(tmp_path / "a.wav", np.int64(16000), seconds=np.float32(0.1)).shape == (2, 1600)
+        assert load_audio(tmp_path / "a.wav", seconds=1e-9).shape == (2, 1)
+
+    @pytest.mark.parametrize("path", [5, None, b"a.wav", ["a.wav"]])
+    def test_what_is_no_name_is_refused(self, path: Any) -> None:
+        with pytest.raises(InputError, match="audio: expected a file's name, got "):
+            load_audio(path)
+
 
 class TestDecoderProcess:
     """The decoder runs in a process of its own, and whatever becomes of that is an error like others."""
@@ -194,6 +214,55 @@ class TestDecoderProcess:
             monkeypatch.setattr(sound_files, "_PATIENCE", 0.5)
         with pytest.raises(InputError, match=rf"a\.wav: cannot be decoded: .*{message}"):
             load_audio(tmp_path / "a.wav")
+
+    def test_what_an_interpreter_prints_is_no_answer(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        soundfile.write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
+        monkeypatch.setattr(child_process, "PROGRAM", "print('welcome')\n" + child_process.PROGRAM)
+        assert load_audio(tmp_path / "a.wav").shape[1] == RATE
+
+    def test_it_is_this_package_from_any_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where the package was found by a relative entry of the path, as from a clone's folder."""
+        soundfile.write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
+        others = [entry for entry in sys.path if not (Path(entry) / "magihuman_fast").is_dir()]
+        monkeypatch.setattr(sys, "path", ["", *others])
+        monkeypatch.chdir(tmp_path)
+        assert load_audio(tmp_path / "a.wav").shape[1] == RATE
+
+    def test_whoever_waits_may_give_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        soundfile.write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
+        pid = tmp_path / "pid"
+        program = f"import os, signal; open({str(pid)!r}, 'w').write(str(os.getpid())); signal.pause()"
+        monkeypatch.setattr(child_process, "PROGRAM", program)
+
+        def give_up() -> None:
+            if pid.exists() and pid.read_text():
+                raise Cancelled("enough")
+
+        with pytest.raises(Cancelled, match="enough"):
+            load_audio(tmp_path / "a.wav", while_waiting=give_up)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+
+    def test_it_ends_with_its_parent(self, tmp_path: Path) -> None:
+        """Killed, the parent cannot end it."""
+        soundfile.write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
+        pid = tmp_path / "pid"
+        wait = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+        patch = f"import magihuman_fast.sound_decoder as d\nd.read = lambda *job: exec({wait!r})\n"
+        head, call = child_process.PROGRAM.rsplit("importlib", 1)
+        program = f"""
+from magihuman_fast import child_process, sound_files
+child_process.PROGRAM = {head + patch + "importlib" + call!r}
+sound_files.load_audio({str(tmp_path / "a.wav")!r})
+"""
+        with subprocess.Popen([sys.executable, "-c", program]) as parent:
+            wait_until(lambda: pid.exists() and bool(pid.read_text()))
+            parent.kill()
+        wait_until(lambda: not Path(f"/proc/{pid.read_text()}").exists())
 
     def test_where_none_can_be_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         soundfile.write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
@@ -275,24 +344,13 @@ class TestTracks:
 
 
 class TestRefusals:
-    def test_unreadable_is_refused_by_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def no_network(*args: object) -> None:
-            pytest.fail("the network was used")
-
-        monkeypatch.setattr(socket.socket, "connect", no_network)
+    def test_unreadable_is_refused_by_name(self, tmp_path: Path) -> None:
         media.write_video(tmp_path / "silent.mp4", clip(3), None)
         soundfile.write(tmp_path / "no_samples.wav", np.zeros(0, np.float32), 44100)
         soundfile.write(tmp_path / "nan.wav", np.full(9000, np.nan, np.float32), 44100, subtype="FLOAT")
-        soundfile.write(tmp_path / "a.wav", tone(0.2, 44100), 44100)
         (tmp_path / "text.mp3").write_text("no sound")
         (tmp_path / "empty.wav").touch()
         (tmp_path / "folder.wav").mkdir()
-        lists = {
-            "list.m3u8": "#EXTM3U\n#EXTINF:1,\na.wav\n",
-            "list.ffconcat": "ffconcat version 1.0\nfile a.wav\n",
-        }
-        for name, content in lists.items():
-            (tmp_path / name).write_text(content)
         names = [
             "silent.mp4",
             "no_samples.wav",
@@ -302,9 +360,28 @@ class TestRefusals:
             "folder.wav",
             "missing.wav",
         ]
-        for name in [*names, *lists]:
+        for name in names:
             with pytest.raises(InputError, match=f"audio .*{name}"):
                 load_audio(tmp_path / name)
+
+    def test_playlists_open_nothing(self, tmp_path: Path) -> None:
+        soundfile.write(tmp_path / "a.wav", tone(0.2, 44100), 44100)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"http://127.0.0.1:{server.getsockname()[1]}/a.wav"
+            lists = {
+                "near.m3u8": "#EXTM3U\n#EXTINF:1,\na.wav\n",
+                "far.m3u8": f"#EXTM3U\n#EXTINF:1,\n{address}\n",
+                "near.ffconcat": "ffconcat version 1.0\nfile a.wav\n",
+                "far.ffconcat": f"ffconcat version 1.0\nfile {address}\n",
+                "far.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+            }
+            for name, content in lists.items():
+                (tmp_path / name).write_text(content)
+                with pytest.raises(InputError, match=f"audio .*{name}: expected one of "):
+                    load_audio(tmp_path / name)
+            server.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                server.accept()
 
     def test_other_formats_are_refused_with_the_known_ones(self, tmp_path: Path) -> None:
         (tmp_path / "a.wav").write_text("no sound")
@@ -320,11 +397,18 @@ class TestRefusals:
         assert torch.equal(load_audio(tmp_path / "a.wav", seconds=9.0), whole)
         assert load_audio(tmp_path / "a.wav", 16000, seconds=0.5).shape == (2, 8000)
 
-    @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-    def test_bad_length_is_refused(self, tmp_path: Path, seconds: float) -> None:
+    @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), "2", True])
+    def test_bad_length_is_refused(self, tmp_path: Path, seconds: Any) -> None:
         soundfile.write(tmp_path / "a.wav", tone(0.2, 44100), 44100)
         with pytest.raises(InputError, match="seconds"):
             load_audio(tmp_path / "a.wav", seconds=seconds)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.fixture(autouse=True)

@@ -33,22 +33,43 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder in `folder`. On success its files get the same names in `folder`; on any failure it is
-    removed, and `folder` too where it was not there before.
+    removed, `folder` is as it was before, and gone where it was not there.
 
     Inside, not beside: `folder` may be where another disk is mounted.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     aside = folder / f".{secrets.token_hex(8)}.partial"
+    replaced = aside.with_name(f".{secrets.token_hex(8)}.replaced.partial")
+    moved: list[Path] = []
     try:
         aside.mkdir(parents=True)
         yield aside
-        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
-            target = folder / file.relative_to(aside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        files = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
+        for name in files:
+            if (folder / name).is_dir():
+                raise OutputError(f"{folder / name}: expected a file or nothing, found a folder")
+        made += {path for name in files for path in (folder / name).parents if not path.exists()}
+        try:
+            for name in files:
+                moved.append(name)
+                _move(folder / name, replaced / name)
+                _move(aside / name, folder / name)
+        except BaseException:
+            for name in reversed(moved):
+                if not (aside / name).exists():
+                    (folder / name).unlink(missing_ok=True)
+                _move(replaced / name, folder / name)
+            raise
         made = []
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        for path in made:
+        for path in (aside, replaced):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in sorted(made, reverse=True):  # what is inside comes first
             with suppress(OSError):
                 path.rmdir()
+
+
+def _move(source: Path, target: Path) -> None:
+    if source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, target)

@@ -28,7 +28,7 @@ from .child_process import end_with_parent, tied
 from .config import TURBO_VAE_FOLDER
 from .errors import InputError, InsufficientMemory
 from .loading import resolve_device
-from .number_checks import as_integer, shown
+from .number_checks import as_integer, value_text
 from .pipeline import MagiHumanPipeline
 from .synthetic.device import random_pipeline, random_turbo_vae
 from .turbo_vae import TurboVAE
@@ -62,7 +62,7 @@ class Setting:
             raise InputError(f"presets: expected some of {', '.join(PRESETS)}, got {list(self.presets)}")
         runs = as_integer(self.runs)
         if runs is None or runs < 1:
-            raise InputError(f"runs: expected a positive integer, got {shown(self.runs)}")
+            raise InputError(f"runs: expected a positive integer, got {value_text(self.runs)}")
         object.__setattr__(self, "runs", runs)  # the record is written as JSON
 
     def request(self, preset: str) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def fault(path: Path) -> str | None:
                 return f"an empty file: {_AGAIN}"
             if (said := _words(head, size, is_json=path.suffix == ".json")) is not None:
                 return said
-            if unfinished(path) is not None:
-                return unfinished(path)
+            if (left := unfinished(path)) is not None:
+                return left
             if not any(head) and size >= 8:
                 return f"nothing but zeros at its start, room that a download never filled: {_AGAIN}"
             if path.suffix == ".safetensors":

@@ -29,7 +29,7 @@ from .diffusers_vae import (
 from .download_faults import contents, hints
 from .errors import CheckpointError, InputError
 from .latent_statistics import LATENT_MEAN, LATENT_STD
-from .number_checks import as_integer, shown
+from .number_checks import as_integer, value_text
 from .picture_files import to_rgb
 from .weights import check_state_dict, load_torch_file, open_checkpoint, read_json, shapes_of
 
@@ -99,7 +99,9 @@ def preprocess_image(image: Image | np.ndarray, width: int, height: int) -> torc
     for name, value in (("width", width), ("height", height)):
         side = as_integer(value)
         if side is None or side < 1 or side % VAE_STRIDE:
-            raise InputError(f"image {name} must be a positive multiple of {VAE_STRIDE}, got {shown(value)}")
+            raise InputError(
+                f"image {name} must be a positive multiple of {VAE_STRIDE}, got {value_text(value)}"
+            )
         sides.append(side)
     width, height = sides
     upright = to_rgb(image)

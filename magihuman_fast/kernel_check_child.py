@@ -28,7 +28,7 @@ from typing import IO, Any, Literal, TextIO
 import torch
 
 from . import kernel_check, ops
-from .child_process import CHILD, child_command, end_with_parent, ending
+from .child_process import CHILD, child_command, end_with_parent, ending, tied
 from .kernel_check_cases import CASES
 
 log = logging.getLogger(__name__)
@@ -128,13 +128,13 @@ def _one_child(job: dict[str, Any], limits: Limits, end: float) -> tuple[list[Fi
     Raises:
         OSError: no process, or nothing to hear it by.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, tied() as stdin:
         answers, others_end = os.pipe()
         with open(answers, "rb", buffering=0):
             try:
                 child = subprocess.Popen(
                     child_command("kernel_check_child", job | {"answers": others_end}),
-                    stdin=subprocess.PIPE,  # ends with this process
+                    stdin=stdin,
                     stdout=said,
                     stderr=said,
                     env=os.environ | ENVIRONMENT,
@@ -247,8 +247,6 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
             child.wait(10)
         except subprocess.TimeoutExpired:
             log.warning("process %d, which checked a kernel, does not end although killed", child.pid)
-    assert child.stdin is not None
-    child.stdin.close()
 
 
 # --- in the child ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from .config import FPS, SAMPLE_RATE
 from .errors import InputError, OutputError
 from .file_paths import PathLike, atomic_output, check_output_path
-from .number_checks import as_integer, integer_between, shown
+from .number_checks import as_integer, integer_between, value_text
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def write_video(
     if audio is not None:
         rate = as_integer(sample_rate)
         if rate not in _AAC_RATES:
-            raise InputError(f"sample_rate: expected one of {_AAC_RATES}, got {shown(sample_rate)}")
+            raise InputError(f"sample_rate: expected one of {_AAC_RATES}, got {value_text(sample_rate)}")
         sample_rate = rate
         sound = _stereo(audio)
         if len(sound) * fps < sample_rate:

@@ -14,7 +14,7 @@ MAX_SEED = 2**64 - 1
 _MAX_SHOWN = 100  # characters of a value in a message
 
 
-def shown(value: object) -> str:
+def value_text(value: object) -> str:
     """`value` for a message: shortened, and also where Python refuses to print so many digits."""
     try:
         text = repr(value)
@@ -48,7 +48,7 @@ def integer_between(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int from `low` to `high`; an `InputError` names what else it is."""
     number = as_integer(value)
     if number is None or not low <= number <= high:
-        raise InputError(f"{name}: expected an integer from {low} to {high}, got {shown(value)}")
+        raise InputError(f"{name}: expected an integer from {low} to {high}, got {value_text(value)}")
     return number
 
 
@@ -56,7 +56,7 @@ def check_seed(seed: object) -> int:
     """`seed` as an int, if torch's generators take it."""
     number = as_integer(seed)
     if number is None or not 0 <= number <= MAX_SEED:
-        raise InputError(f"seed: expected an integer from 0 to 2^64 - 1, got {shown(seed)}")
+        raise InputError(f"seed: expected an integer from 0 to 2^64 - 1, got {value_text(seed)}")
     return number
 
 

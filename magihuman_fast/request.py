@@ -15,7 +15,7 @@ from . import config, sampler
 from .config import SuperResolution, Variant
 from .errors import InputError
 from .file_paths import PathLike
-from .number_checks import as_integer, as_real, check_seed, shown
+from .number_checks import as_integer, as_real, check_seed, value_text
 from .sound_files import DRIVING_SAMPLE_RATE, load_audio
 
 log = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ class Request:
 def _snapped(name: str, size: tuple[int, int]) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, Iterable) else ()
     if len(pair) != 2:
-        raise InputError(f"{name}: expected width and height, got {shown(size)}")
+        raise InputError(f"{name}: expected width and height, got {value_text(size)}")
     sides = []
     for given in pair:
         side = as_integer(given)
         if side is None or not config.MIN_SIDE <= side <= config.MAX_SIDE:
             raise InputError(
-                f"{name}: expected sides of {config.MIN_SIDE} to {config.MAX_SIDE} pixels, got {shown(given)}"
+                f"{name}: expected sides of {config.MIN_SIDE} to {config.MAX_SIDE} pixels, got {value_text(given)}"
             )
         sides.append(side)
     snapped = (config.snap_size(sides[0]), config.snap_size(sides[1]))
@@ -70,7 +70,7 @@ def check_request(
     length = as_real(seconds)
     if length is None or not low <= length <= high:
         raise InputError(
-            f"seconds: expected {low:g} to {high:g}, got {shown(seconds if length is None else length)}"
+            f"seconds: expected {low:g} to {high:g}, got {value_text(seconds if length is None else length)}"
         )
     size = _snapped("size", (width, height))
     if sr is None and (sr_size is not None or sr_steps is not None):
@@ -93,7 +93,7 @@ def check_request(
     )
 
 
-def covered(seconds: float) -> tuple[float, int, float]:
+def _covered(seconds: float) -> tuple[float, int, float]:
     """`seconds`, the frames of a clip that covers them, and how long these last."""
     frames = config.clip_frames(seconds)
     return seconds, frames, frames / config.FPS
@@ -108,13 +108,12 @@ def load_driving_audio(
     frames = config.clip_frames(seconds)
     if audio is None:
         if frames > round(config.FPS * seconds, 6):
-            log.warning("%g s are no whole frames: the clip has %d and lasts %g s", *covered(seconds))
+            log.warning("%g s are no whole frames: the clip has %d and lasts %g s", *_covered(seconds))
         return None
     rate = DRIVING_SAMPLE_RATE
     if isinstance(audio, (str, os.PathLike)):
-        waveform = load_audio(
-            audio, seconds=seconds + 0.1, while_waiting=while_waiting
-        )  # shows if there is more
+        a_little_more = seconds + 0.1  # enough to see that there is more
+        waveform = load_audio(audio, seconds=a_little_more, while_waiting=while_waiting)
     else:
         try:
             waveform = torch.as_tensor(audio)
@@ -138,7 +137,7 @@ def load_driving_audio(
     if config.clip_frames(length) < frames:
         log.warning(
             "the driving sound lasts %.3f s: the clip has %d frames and lasts %g s, not %g s",
-            *(*covered(length), seconds),
+            *(*_covered(length), seconds),
         )
     if not torch.isfinite(waveform).all():
         raise InputError("audio: expected finite samples, got NaN or infinity")

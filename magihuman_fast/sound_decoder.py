@@ -12,6 +12,7 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ FORMATS = {
     "WavPack": "wv",
     "WMA": "asf",
 }
-_SAMPLE_RATES = range(1000, 768_001)  # beyond them one second of sound could become gigabytes
+SAMPLE_RATES = range(1000, 768_001)  # Hz; beyond them one second of sound could become gigabytes
 _MAX_CHANNELS = 64  # that libswresample mixes
 _MAX_MEMORY = 4 << 30  # bytes of addresses: a header may ask for any amount
 
@@ -240,29 +241,23 @@ def _mixing_graph(rate: int, form: str, layout: str, channels: int, sample_rate:
     """ffmpeg's filters from frames of this kind to packed float32 of one channel."""
     import av
 
-    if rate not in _SAMPLE_RATES:
-        low, high = _SAMPLE_RATES[0], _SAMPLE_RATES[-1]
+    if rate not in SAMPLE_RATES:
+        low, high = SAMPLE_RATES[0], SAMPLE_RATES[-1]
         raise InputError(f"expected a sample rate of {low} to {high} Hz, got {rate}")
     if not 1 <= channels <= _MAX_CHANNELS:
         raise InputError(f"expected 1 to {_MAX_CHANNELS} channels, got {channels}")
-    # All channels alike: also for one alone, which is no mix, whatever place it claims.
-    alike = "mono|c0=" + "+".join(f"{1 / channels:.9f}*c{i}" for i in range(channels))
-    # Without a limit the mix to floats would not be scaled to stay in range, as that to integers is.
-    resample = f"{sample_rate}:rematrix_maxval=1:out_sample_fmt=flt:out_chlayout=mono"
-    for mix in (None, alike) if channels > 1 else (alike,):
-        graph = av.filter.Graph()
-        chain = [
-            graph.add_abuffer(sample_rate=rate, format=form, layout=layout, time_base=Fraction(1, rate)),
-            *([graph.add("pan", mix)] if mix is not None else []),
-            graph.add("aresample", resample),
-            graph.add("aformat", "sample_fmts=flt:channel_layouts=mono"),
-            graph.add("abuffersink"),
-        ]
-        try:
-            graph.link_nodes(*chain).configure()
-        except av.FFmpegError:
-            if mix is not None:
-                raise
-            continue  # libswresample knows no mix of these places
-        break
-    return graph
+
+    def graph(*mix: tuple[str, ...]) -> av.filter.Graph:
+        made = av.filter.Graph()
+        source = made.add_abuffer(sample_rate=rate, format=form, layout=layout, time_base=Fraction(1, rate))
+        # Without a limit the mix to floats would not be scaled to stay in range, as that to integers is.
+        resample = f"{sample_rate}:rematrix_maxval=1:out_sample_fmt=flt:out_chlayout=mono"
+        packed = ("aformat", "sample_fmts=flt:channel_layouts=mono")
+        filters = [made.add(*each) for each in (*mix, ("aresample", resample), packed, ("abuffersink",))]
+        made.link_nodes(source, *filters).configure()
+        return made
+
+    if channels > 1:  # one alone is no mix, whatever place it claims
+        with suppress(av.FFmpegError):  # libswresample knows no mix of these places
+            return graph()
+    return graph(("pan", "mono|c0=" + "+".join(f"{1 / channels:.9f}*c{i}" for i in range(channels))))

@@ -19,6 +19,7 @@ from .download_faults import page_or_pointer
 from .errors import InputError
 from .file_paths import PathLike, require_input
 from .number_checks import as_real, integer_between
+from .sound_decoder import SAMPLE_RATES
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def load_audio(
         InputError: no such file, not of a known format, no sound in it, none that can be decoded, or more than 600
             seconds where `seconds` is not given.
     """
-    rate = integer_between("sample_rate", sample_rate, 1000, 768_000)
+    rate = integer_between("sample_rate", sample_rate, SAMPLE_RATES[0], SAMPLE_RATES[-1])
     length = _MAX_SECONDS if seconds is None else as_real(seconds)
     if length is None or not (math.isfinite(length) and length > 0):
         raise InputError(f"seconds: expected a positive number, got {seconds!r}")

@@ -120,8 +120,7 @@ class TextEncoder:
         Raises:
             InputError: the prompt is empty, not valid text, or longer than the encoder's positions.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"{name}: expected text, got {prompt!r}")
+        _require_text(prompt, name)
         with self._lock:
             if prompt in self._cache:
                 self._cache.move_to_end(prompt)
@@ -139,8 +138,7 @@ class TextEncoder:
         Raises:
             InputError: as of `encode`.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"{name}: expected text, got {prompt!r}")
+        _require_text(prompt, name)
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -209,6 +207,11 @@ class TextEncoderOnDisk(TextEncoder):
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded._encode(prompt, name)
+
+
+def _require_text(prompt: object, name: str) -> None:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{name}: expected text, got {prompt!r}")
 
 
 def _meta_model(config_file: Path, values: Any) -> Any:

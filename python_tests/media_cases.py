@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from PIL import Image
 
 RATE = 44100
 
@@ -57,13 +55,6 @@ def wav_bytes(samples: np.ndarray, rate: int, mask: int | None = None) -> bytes:
     data = samples.tobytes()
     body = b"WAVEfmt " + struct.pack("<I", len(head)) + head + b"data" + struct.pack("<I", len(data)) + data
     return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def png(width: int, height: int) -> bytes:
-    """A grey PNG file."""
-    data = io.BytesIO()
-    Image.new("RGB", (width, height), "grey").save(data, "PNG")
-    return data.getvalue()
 
 
 def write_sound(

@@ -15,6 +15,7 @@ from fuzz_files import case
 from magihuman_fast.errors import InputError
 from magihuman_fast.sound_files import load_audio
 from media_cases import decode_together, layout_places, tone, write_sound
+from picture_cases import P3, rgb_profile
 
 FUZZER = Path(__file__).with_name("fuzz_files.py")
 CASES = 5000
@@ -96,7 +97,7 @@ def pictures() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif.get_ifd(0x8825)[1] = "N"
-    profile = srgb_profile()
+    profile = rgb_profile(P3)
     forms: dict[str, tuple[Image.Image, dict[str, object]]] = {
         "rgba.png": (picture, {"icc_profile": profile, "exif": exif}),
         "palette.png": (rgb.convert("P"), {"transparency": 3}),
@@ -124,12 +125,6 @@ def pictures() -> dict[str, bytes]:
         image.save(data, **({"format": Image.registered_extensions()[Path(name).suffix]} | options))
         found[name] = data.getvalue()
     return found
-
-
-def srgb_profile() -> bytes:
-    from PIL import ImageCms
-
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def test_damaged_pictures(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from magihuman_fast import child_process, media, sound_files
 from magihuman_fast.errors import Cancelled, InputError
 from magihuman_fast.sound_files import load_audio
-from media_cases import clip, layout_places, peak_frequency, png, stereo, tone, wav_bytes, write_sound
+from media_cases import clip, layout_places, peak_frequency, stereo, tone, wav_bytes, write_sound
+from picture_cases import encoded as encoded_picture
 
 RATE = 51200
 
@@ -320,7 +322,7 @@ class TestTracks:
             return b"ID3\3\0\0" + bytes((size >> shift) & 127 for shift in (21, 14, 7, 0)) + body
 
         sound = encoded(tmp_path / "a.mp3", "libmp3lame", 300, 44100, "mono")
-        cover = b"\0image/png\0\3\0" + png(64, 64)
+        cover = b"\0image/png\0\3\0" + encoded_picture(Image.new("RGB", (64, 64)), "PNG")
         chapter = b"one\0" + struct.pack(">IIII", 0, 500, 0xFFFFFFFF, 0xFFFFFFFF)
         tags = id3((b"APIC", cover), (b"CHAP", chapter))
         (tmp_path / "b.mp3").write_bytes(tags + sound)

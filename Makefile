@@ -79,5 +79,5 @@ gpu-kit: build
 	$(BIN)/python bench/gpu_kit.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info magihuman_fast/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info magihuman_fast/kernels/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

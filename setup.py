@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "magihuman_fast"
+KERNELS = "kernels"  # the room that holds what is compiled
 MIN_NVCC = (12, 8)
 
 
@@ -50,14 +51,14 @@ def find_program(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds libmagihuman_kernels.so and the modules `_C` and `_sim` into the package's folder."""
+    """Builds libmagihuman_kernels.so and the modules `_C` and `_sim` into `magihuman_fast/kernels/`."""
 
     editable_mode = False
     built: list[str] = []  # noqa: RUF012
 
     def run(self) -> None:
         in_place = bool(self.inplace or self.editable_mode)
-        target = (ROOT if in_place else Path(self.build_lib).resolve()) / PACKAGE
+        target = (ROOT if in_place else Path(self.build_lib).resolve()) / PACKAGE / KERNELS
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         if not in_place:
             build = Path(self.build_temp).resolve() / "cmake"
@@ -112,4 +113,4 @@ class CMakeBuild(build_ext):
         return []
 
 
-setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension(f"{PACKAGE}.{KERNELS}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

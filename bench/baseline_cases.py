@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kernel_cases import BF16, TINY, Case, Setting, Variant, compiled
-from magihuman_fast.config import DiTConfig
-from magihuman_fast.packing import pack
-from magihuman_fast.reference.dit import DiT, rope_bands
+from magihuman_fast.model.config import DiTConfig
+from magihuman_fast.model.dit import DiT, rope_bands
+from magihuman_fast.model.packing import pack
 from timing import Call, Result
 from workload import (
     attention_flops,

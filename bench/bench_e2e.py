@@ -3,9 +3,9 @@
     python bench/bench_e2e.py --presets 256p,540p,1080p      # on a Hopper GPU; JSON and plot to bench/results/e2e
     python bench/bench_e2e.py --plot-only FILE.json          # draw a record again
 
-What is measured is `magihuman_fast.benchmark`, which `magihuman-fast bench` runs too; this adds the machine, the commit
-and the files; the record is written anew whenever something is found. Without a GPU it runs a toy on the reference
-path, says so, and keeps nothing.
+What is measured is `magihuman_fast.cli.benchmark`, which `magihuman-fast bench` runs too; this adds the machine, the
+commit and the files; the record is written anew whenever something is found. Without a GPU it runs a toy on the
+reference path, says so, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from magihuman_fast import benchmark
-from magihuman_fast.commands import table
+from magihuman_fast.cli import benchmark
+from magihuman_fast.cli.commands import table
 from records import default_path, write
 from timing import describe_machine
 

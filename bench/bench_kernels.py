@@ -29,7 +29,7 @@ from kernel_cases import (
     gpu_setting,
     pointwise_cases,
 )
-from magihuman_fast import ops
+from magihuman_fast.kernels import ops
 from timing import LAP_SECONDS, MAX_CALLS, DeviceTimer, cache_bytes, num_copies
 from workload import CLIPS
 

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from magihuman_fast.config import PATCH, DiTConfig
-from magihuman_fast.reference.dit import DiT
-from magihuman_fast.synthetic import random_dit_tensors, write_dit
+from magihuman_fast.checkpoints.synthetic import random_dit_tensors, write_dit
+from magihuman_fast.model.config import PATCH, DiTConfig
+from magihuman_fast.model.dit import DiT
 
 # The published model's proportions (mm layers at both ends, GELU7 first) at a size a CPU runs in seconds.
 FORWARD_CONFIG = DiTConfig(
@@ -134,7 +134,7 @@ def load_and_measure(path: Path) -> None:
     """Load a DiT folder in this process and print its peak memory beyond what the process had before."""
     # Whatever torch sets up at first use belongs to the process, not to the model.
     F.linear(torch.zeros(64, 64).bfloat16(), torch.zeros(64, 64).bfloat16())
-    from magihuman_fast.weights import open_checkpoint
+    from magihuman_fast.model.weights import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     before = memory_line("VmRSS")

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from kernel_cases import TINY
-from magihuman_fast import ops, sampler
-from magihuman_fast.config import AUDIO_CHANNELS, LATENT_CHANNELS, DiTConfig
-from magihuman_fast.dit import ClipShape, KernelDiT
-from magihuman_fast.graph import StepGraph, StepSpec
-from magihuman_fast.reference.dit import windowed_layers
-from magihuman_fast.synthetic.device import random_dit
+from magihuman_fast.cli.random_models import random_dit
+from magihuman_fast.kernels import ops
+from magihuman_fast.model import sampler
+from magihuman_fast.model.config import AUDIO_CHANNELS, LATENT_CHANNELS, DiTConfig
+from magihuman_fast.model.dit import windowed_layers
+from magihuman_fast.runtime.dit import ClipShape, KernelDiT
+from magihuman_fast.runtime.graph import StepGraph, StepSpec
 from records import default_path, write
 from timing import Ceilings, describe_machine, measure_ceilings
 from workload import (

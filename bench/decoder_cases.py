@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_cases import BF16, TINY, Case, Inputs, Setting, Variant, bound, compiled
-from magihuman_fast import ops
-from magihuman_fast.config import LATENT_CHANNELS, VAE_STRIDE
-from magihuman_fast.conv_weights import pack_conv, pack_time, pack_upsample
-from magihuman_fast.decode_plan import Step, merged
-from magihuman_fast.reference import turbo_vae as reference
-from magihuman_fast.reference.turbo_vae import (
+from magihuman_fast.kernels import ops
+from magihuman_fast.kernels.conv_weights import pack_conv, pack_time, pack_upsample
+from magihuman_fast.model import turbo_vae as reference
+from magihuman_fast.model.config import LATENT_CHANNELS, VAE_STRIDE
+from magihuman_fast.model.turbo_vae import (
     RMS_EPS,
     Window,
     channel_rms,
@@ -30,8 +29,9 @@ from magihuman_fast.reference.turbo_vae import (
     to_uint8,
     unpatchify,
 )
-from magihuman_fast.turbo_vae import TurboVAE, Workspace, window_plan, workspace_bytes
-from magihuman_fast.turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
+from magihuman_fast.model.turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
+from magihuman_fast.runtime.decode_plan import Step, merged
+from magihuman_fast.runtime.turbo_vae import TurboVAE, Workspace, window_plan, workspace_bytes
 from timing import Call
 
 CUDNN, CUDNN_COMPILED = "cuDNN, channels last", "cuDNN + compiled rest"

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernel_cases import BF16, Case, Inputs, Setting, Variant, bound, compiled
-from magihuman_fast.attention_ops import TILES
-from magihuman_fast.packing import window_ranges
-from magihuman_fast.reference.dit import attention
+from magihuman_fast.kernels.attention import TILES
+from magihuman_fast.model.dit import attention
+from magihuman_fast.model.packing import window_ranges
 from timing import Call
 from workload import FRAME_WINDOW, attention_bytes, attention_flops
 

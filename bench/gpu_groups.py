@@ -182,7 +182,7 @@ def cutlass(child: Child) -> None:
 
 def load_kernels(folder: Path) -> None:
     """Take the kernels' module from a folder instead of the package's, where none is loaded yet."""
-    name = "magihuman_fast._C"
+    name = "magihuman_fast.kernels._C"
     assert name not in sys.modules
     spec = importlib.util.spec_from_file_location(name, next(folder.glob("_C.*.so")))
     assert spec is not None
@@ -227,7 +227,7 @@ def step(child: Child, size: str) -> None:
 
 def clip(child: Child, preset: str, runs: int = 3) -> None:
     """Whole clips: load, set-up, a first one and `runs` warm ones; no baseline, no fresh processes."""
-    from magihuman_fast import benchmark
+    from magihuman_fast.cli import benchmark
 
     size = "full" if child.on_gpu else "tiny"
     setting = benchmark.Setting((preset,), size=size, runs=runs, baseline=False, cold=False)

@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "build" / "gpu-kit"
-PACKAGE = ROOT / "magihuman_fast"
+ROOM = ROOT / "magihuman_fast" / "kernels"  # where the package looks for what is compiled
 KERNELS, PROBE, CUTLASS = "libmagihuman_kernels.so", "libl2_read.so", "libcutlass_baseline.so"
 PYTHON = "python3.12"  # what GPU machines have
 # Needed for whole clips and not on such a machine; with what they need that is not there either.
@@ -95,7 +95,7 @@ def tree_digest(root: Path = ROOT) -> str:
         "magihuman_fast/**/*.py",
         "bench/*.py",
         "bench/*.cu",
-        "python_tests/*.py",
+        "python_tests/**/*.py",
     )
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
@@ -135,7 +135,7 @@ def prepare(kit: Path = KIT, *, cutlass: bool = False) -> dict[str, Any]:
 
     `cutlass`: compile its collective product too, which takes minutes (the plan "baselines").
     """
-    library = PACKAGE / KERNELS
+    library = ROOM / KERNELS
     if not library.is_file():
         raise SystemExit(f"gpu-kit: {library.name} is not built: nvcc is needed (make build)")
     with tempfile.TemporaryDirectory(dir=kit.parent if kit.parent.is_dir() else ROOT) as folder:
@@ -243,18 +243,16 @@ def install(kit: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "tools": {name: shutil.which(name) for name in ("nvcc", "g++", "cmake", "ninja")}
     }
-    shutil.copy2(kit / KERNELS, PACKAGE / KERNELS)
+    shutil.copy2(kit / KERNELS, ROOM / KERNELS)
     name = "_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
-    target = PACKAGE / name
+    target = ROOM / name
     if (kit / name).is_file():
         shutil.copy2(kit / name, target)
         facts["binding"] = "as it came"
         if _loads(target, facts):
             return facts
     _run(
-        binding_command(
-            sys.executable, kit / "build-site" / "pybind11" / "include", PACKAGE / KERNELS, target
-        ),
+        binding_command(sys.executable, kit / "build-site" / "pybind11" / "include", ROOM / KERNELS, target),
         facts,
     )
     facts["binding"] = "compiled here"
@@ -283,7 +281,7 @@ def _run(words: Sequence[str | Path], facts: dict[str, Any], **environment: str)
 
 def _loads(target: Path, facts: dict[str, Any]) -> bool:
     code = (
-        f"import ctypes; ctypes.CDLL({str(PACKAGE / KERNELS)!r}); import importlib.util as u; "
+        f"import ctypes; ctypes.CDLL({str(ROOM / KERNELS)!r}); import importlib.util as u; "
         f"s = u.spec_from_file_location('_C', {str(target)!r}); m = u.module_from_spec(s); s.loader.exec_module(m); "
         "print(m.gemm)"
     )

@@ -18,7 +18,7 @@ import gpu_groups
 import kernel_cases
 import watched_tests
 from gpu_groups import ATTENTION, LAYERS_OF_DECODER, WINDOW
-from magihuman_fast.attention_ops import TILES
+from magihuman_fast.kernels.attention import TILES
 from records import Child
 from watched_tests import TESTS
 
@@ -57,7 +57,7 @@ class Tests:
         watched_tests.run(child, self.paths(), select, marker)
 
     def paths(self) -> list[Path]:
-        return [TESTS / f"test_{name}.py" for name in self.files.split()]
+        return [next(TESTS.rglob(f"test_{name}.py")) for name in self.files.split()]
 
 
 def checked(

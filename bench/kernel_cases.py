@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from magihuman_fast import ops
-from magihuman_fast.config import AUDIO_CHANNELS, DiTConfig
-from magihuman_fast.reference.dit import GATE_MAX, NORM_EPS, SIGMOID_SLOPE
+from magihuman_fast.kernels import ops
+from magihuman_fast.model.config import AUDIO_CHANNELS, DiTConfig
+from magihuman_fast.model.dit import GATE_MAX, NORM_EPS, SIGMOID_SLOPE
 from timing import Call, Ceilings, HostStopwatch, Result, measure
 from workload import CLIPS, Tokens, gemm_bytes, gemm_flops, padded
 

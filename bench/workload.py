@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from magihuman_fast.config import LATENT_CHANNELS, PATCH, DiTConfig
-from magihuman_fast.packing import window_ranges
+from magihuman_fast.model.config import LATENT_CHANNELS, PATCH, DiTConfig
+from magihuman_fast.model.packing import window_ranges
 
 FRAME_WINDOW = 11  # latent frames on either side, in the windowed layers of the 1080p model
 # The down projection's K as the kernels see it: padded with zeros so that a row pitch is a multiple of 16 bytes.

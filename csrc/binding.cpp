@@ -1,5 +1,5 @@
 // The launchers as Python functions: keyword-only, pointers and streams as integers (tensor.data_ptr(),
-// stream.cuda_stream). Checks for users are in magihuman_fast/ops.py. Built twice: as magihuman_fast._C over the
+// stream.cuda_stream). Checks for users are in magihuman_fast/kernels/ops.py. Built twice: as magihuman_fast.kernels._C over the
 // kernel library and as magihuman_fast._sim over the simulator.
 #include <pybind11/pybind11.h>
 

@@ -18,31 +18,35 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import sampler
-    from .audio_vae import AudioVAE
-    from .config import DiTConfig
-    from .generation import GenerationResult
-    from .image_encoder import ImageEncoder
-    from .picture_files import load_image
-    from .pipeline import MagiHumanPipeline
-    from .reference.dit import DiT
-    from .sound_files import load_audio
-    from .text_encoder import TextEncoder
-    from .turbo_vae import TurboVAE
+    from .codecs.audio_vae import AudioVAE
+    from .codecs.image_encoder import ImageEncoder
+    from .codecs.picture_files import load_image
+    from .codecs.sound_files import load_audio
+    from .codecs.text_encoder import TextEncoder
+    from .kernels import ops
+    from .model import sampler
+    from .model.config import DiTConfig
+    from .model.dit import DiT
+    from .pipeline.generation import GenerationResult
+    from .pipeline.pipeline import MagiHumanPipeline
+    from .runtime.turbo_vae import TurboVAE
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "AudioVAE": "audio_vae",
-    "DiT": "reference.dit",
-    "DiTConfig": "config",
-    "GenerationResult": "generation",
-    "ImageEncoder": "image_encoder",
-    "MagiHumanPipeline": "pipeline",
-    "TextEncoder": "text_encoder",
-    "TurboVAE": "turbo_vae",
-    "load_audio": "sound_files",
-    "load_image": "picture_files",
+# Where each name comes from; a name without a colon is the module itself.
+_PLACES = {
+    "AudioVAE": "codecs.audio_vae:AudioVAE",
+    "DiT": "model.dit:DiT",
+    "DiTConfig": "model.config:DiTConfig",
+    "GenerationResult": "pipeline.generation:GenerationResult",
+    "ImageEncoder": "codecs.image_encoder:ImageEncoder",
+    "MagiHumanPipeline": "pipeline.pipeline:MagiHumanPipeline",
+    "TextEncoder": "codecs.text_encoder:TextEncoder",
+    "TurboVAE": "runtime.turbo_vae:TurboVAE",
+    "load_audio": "codecs.sound_files:load_audio",
+    "load_image": "codecs.picture_files:load_image",
+    "ops": "kernels.ops",
+    "sampler": "model.sampler",
 }
 
 __all__ = [
@@ -62,13 +66,14 @@ __all__ = [
     "TurboVAE",
     "load_audio",
     "load_image",
+    "ops",
     "sampler",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "sampler":
-        return import_module(".sampler", __name__)
-    if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    found = import_module(f".{module}", __name__)
+    return getattr(found, attribute) if attribute else found

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from magihuman_fast import ops
-from magihuman_fast.attention_ops import TILES
+from magihuman_fast.kernels import ops
+from magihuman_fast.kernels.attention import TILES
 from mismatch import outcomes, require_at_most, require_equal, require_finite
 
 HEAD = 128

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from magihuman_fast import ops
+from magihuman_fast.kernels import ops
 
 BACKENDS = ["reference", "sim", pytest.param("gpu", marks=pytest.mark.gpu)]
 # With multiprocessors for their grids: few, so that blocks take several units each, and on a GPU all as well (0).

@@ -59,13 +59,13 @@ def case(files: list[Path], seed: int, number: int) -> tuple[Path, bytes]:
 
 def read_sound(path: Path) -> None:
     """Decode as the decoder's process does, without a process for each file."""
-    from magihuman_fast.sound_decoder import read
+    from magihuman_fast.codecs.sound_decoder import read
 
     read(str(path), 51200, 51200 * 2)
 
 
 def read_picture(path: Path) -> None:
-    from magihuman_fast.picture_files import load_image
+    from magihuman_fast.codecs.picture_files import load_image
 
     image: Any = load_image(path)
     assert image.mode == "RGB"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from magihuman_fast import ops
+from magihuman_fast.kernels import ops
 from mismatch import (
     Facts,
     outcomes,

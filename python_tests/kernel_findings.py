@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from magihuman_fast import ops
-from magihuman_fast.kernel_check_cases import CASES
-from magihuman_fast.kernel_check_child import Finding, Limits
+from magihuman_fast.kernels import ops
+from magihuman_fast.kernels.self_check.cases import CASES
+from magihuman_fast.kernels.self_check.child import Finding, Limits
 
 GPU = torch.device("cuda:0")
 RIGHT = {name: Finding(name, "right", "", 0.001, 0.01, 0.1) for name in CASES}

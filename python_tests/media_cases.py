@@ -28,6 +28,16 @@ def stereo(seconds: float, frequency: float = 440.0) -> np.ndarray:
     return np.stack([tone(seconds, RATE, frequency)] * 2, axis=1)
 
 
+def portrait() -> np.ndarray:
+    """uint8 (90, 120, 3): what an image encoder takes, not what anyone would look at."""
+    return np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+
+
+def voice(seconds: float, rate: int = 51200) -> torch.Tensor:
+    """(2, n) float32, as the pipeline takes it."""
+    return torch.from_numpy(tone(seconds, rate, level=0.3)).expand(2, -1)
+
+
 def peak_frequency(samples: torch.Tensor, rate: int) -> float:
     spectrum = torch.fft.rfft(samples.double()).abs()
     return float(spectrum.argmax()) * rate / len(samples)
@@ -91,7 +101,7 @@ def write_sound(
 
 _DECODE = """\
 import os, sys
-from magihuman_fast.sound_decoder import read
+from magihuman_fast.codecs.sound_decoder import read
 for path in sys.argv[1:]:
     with open(path + ".f32", "wb") as out:
         out.write(read(path, 51200, 51200)[0])

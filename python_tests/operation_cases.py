@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from backends import offsets_tensor
-from magihuman_fast import ops
+from magihuman_fast.kernels import ops
 
 Arguments = dict[str, Any]
 ROWS, K, N = 6, 24, 16

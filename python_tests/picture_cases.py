@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from magihuman_fast.picture_files import load_image
+from magihuman_fast.codecs.picture_files import load_image
 
 PNG = b"\x89PNG\r\n\x1a\n"
 P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))

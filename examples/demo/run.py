@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import magihuman_fast
-from magihuman_fast import MagiHumanPipeline, media
-from magihuman_fast.cli import DOWNLOADS, PROGRAM
-from magihuman_fast.commands import Progress, timing_table
-from magihuman_fast.environment import cpu_bf16_instructions, cuda_devices
-from magihuman_fast.synthetic import write_checkpoint
+from magihuman_fast import MagiHumanPipeline
+from magihuman_fast.checkpoints.synthetic import write_checkpoint
+from magihuman_fast.cli.commands import Progress, timing_table
+from magihuman_fast.cli.parser import DOWNLOADS, PROGRAM
+from magihuman_fast.codecs import media
+from magihuman_fast.runtime.environment import cpu_bf16_instructions, cuda_devices
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent.parent / "demo"
@@ -56,7 +57,7 @@ def prepare_checkpoint() -> None:
 
 def main() -> None:
     # The model's small tokenizer knows few words: that it trims this prompt says nothing about the published one.
-    logging.getLogger("magihuman_fast.text_encoder").setLevel(logging.ERROR)
+    logging.getLogger("magihuman_fast.codecs.text_encoder").setLevel(logging.ERROR)
     DEMO.mkdir(exist_ok=True)
     prepare_checkpoint()
     start = time.perf_counter()

@@ -1,0 +1,1 @@
+"""Folders in the published layout: loaded, checked, and written with random weights."""

@@ -1,0 +1,1 @@
+"""What comes from outside, checked or kept apart: numbers, file names, downloads, work that may crash."""

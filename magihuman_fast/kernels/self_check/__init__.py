@@ -1,0 +1,1 @@
+"""Every kernel held to PyTorch on the user's own GPU, before its first use."""

@@ -1,0 +1,1 @@
+"""One clip from a caller's arguments to frames and sound."""

@@ -1,0 +1,1 @@
+"""The model on the kernels: captured graphs, the pool of sizes, and the memory that they need."""

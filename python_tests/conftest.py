@@ -12,7 +12,7 @@ import torch
 from kernel_findings import Checks
 from magihuman_fast.checkpoints import loading
 from magihuman_fast.checkpoints.synthetic import MODELS, write_checkpoint
-from magihuman_fast.cli import main as cli
+from magihuman_fast.cli import program as cli
 from magihuman_fast.kernels import ops
 from magihuman_fast.kernels.self_check import trust as kernel_trust
 from magihuman_fast.pipeline.pipeline import MagiHumanPipeline

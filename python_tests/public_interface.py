@@ -1,6 +1,6 @@
 """What users of the package can call, as lines of text: names, signatures, and the shell command's options.
 
-    python python_tests/public_interface.py          # rewrites the record, where a change of it is wanted
+python python_tests/public_interface.py          # rewrites the record, where a change of it is wanted
 """
 
 from __future__ import annotations

@@ -1,1 +1,5 @@
 """The shell command `magihuman-fast`."""
+
+from .program import main
+
+__all__ = ["main"]

@@ -18,7 +18,7 @@ from bench_step import KINDS, TINY, Launch, Timed, is_kernel_of, paired, step_la
 from magihuman_fast import InputError, InsufficientMemory, MagiHumanPipeline
 from magihuman_fast.checkpoints.synthetic import SIZES
 from magihuman_fast.cli import benchmark
-from magihuman_fast.cli import main as cli
+from magihuman_fast.cli import program as cli
 from magihuman_fast.cli.random_models import random_dit, random_pipeline
 from magihuman_fast.kernels import ops
 from magihuman_fast.model.config import DiTConfig

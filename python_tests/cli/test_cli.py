@@ -342,7 +342,7 @@ def test_info(run: Any) -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    probe = "import sys, magihuman_fast.cli.main as c; c.main(['generate', '--help']); sys.exit('torch' in sys.modules)"
+    probe = "import sys, magihuman_fast.cli as c; c.main(['generate', '--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, cwd=Path(__file__).resolve().parents[2]
     )

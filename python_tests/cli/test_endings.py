@@ -18,7 +18,7 @@ from typing import IO, Any
 import pytest
 
 from magihuman_fast.cli import commands, ending_signals, standard_streams
-from magihuman_fast.cli import main as cli
+from magihuman_fast.cli import program as cli
 from magihuman_fast.cli.ending_signals import Terminated, as_exceptions
 from magihuman_fast.kernels.self_check import child as kernel_check_child
 
@@ -33,7 +33,7 @@ WORDS = {
 # Saving takes as long as a signal needs: the encoder writes something, and waits.
 SLOW_SAVE = """\
 import sys, time
-from magihuman_fast.cli import main as cli
+from magihuman_fast.cli import program as cli
 from magihuman_fast.codecs import media
 def encode(out, *rest):
     open(out.name, "wb").write(b"half")
@@ -224,7 +224,7 @@ class Signal(importlib.abc.MetaPathFinder):
         if name == "numpy._core.overrides":
             os.kill(os.getpid(), signal.SIGTERM)
 sys.meta_path.insert(0, Signal())
-from magihuman_fast.cli import main as cli
+from magihuman_fast.cli import program as cli
 sys.exit(cli.main(["generate", "--model", {str(tiny_checkpoint)!r}, "--prompt", "a", "--output", {output!r}]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
@@ -278,7 +278,7 @@ def test_other_threads_change_nothing(run: Any) -> None:
 
 
 def test_system_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import signal; del signal.SIGHUP; from magihuman_fast.cli.main import main; "
+    code = "import signal; del signal.SIGHUP; from magihuman_fast.cli import main; "
     code += "raise SystemExit(main(['--version']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,7 +11,7 @@ import pytest
 from kernel_findings import DECODER_FAULT, DECODER_REASON, GPU, MODEL_FAULT, MODEL_REASON, Checks
 from magihuman_fast import InputError, MagiHumanPipeline
 from magihuman_fast.cli import commands
-from magihuman_fast.cli import main as cli
+from magihuman_fast.cli import program as cli
 from magihuman_fast.kernels import ops
 from magihuman_fast.kernels.self_check import trust as kernel_trust
 from magihuman_fast.kernels.self_check.cases import CASES

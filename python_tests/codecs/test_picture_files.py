@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 import magihuman_fast
 from magihuman_fast.cli import commands
-from magihuman_fast.cli import main as cli
+from magihuman_fast.cli import program as cli
 from magihuman_fast.codecs import picture_copies, picture_files
 from magihuman_fast.codecs.picture_files import load_image, to_rgb
 from magihuman_fast.errors import InputError

@@ -11,7 +11,7 @@ CXX_FILES := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu
 CMAKE_FILES := CMakeLists.txt $(shell find csrc -name CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint format bench demo gpu-kit clean
+.PHONY: help setup build test lint docs format bench demo gpu-kit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make build    set-up, then compile what changed in csrc: simulator, and kernels where there is nvcc"
 	@echo "make test     build, then all checks: ruff, mypy, clang-format, pytest"
 	@echo "make lint     the same checks without pytest"
+	@echo "make docs     the reference of every function, in build/docs; a warning there is an error"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    set-up, then the benchmarks"
 	@echo "make demo     set-up, then examples/demo/run.py"
@@ -60,8 +61,11 @@ lint: setup
 	$(BIN)/mypy
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
+docs: setup
+	$(BIN)/python docs/reference.py
+
 # The tests' tensors are small: a second thread waits more than it computes.
-test: lint build
+test: lint docs build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -m "not gpu"
 
 format: setup

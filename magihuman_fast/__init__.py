@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .pipeline.pipeline import MagiHumanPipeline
     from .runtime.turbo_vae import TurboVAE
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each name comes from; a name without a colon is the module itself.
 _PLACES = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 
 from ..model import convolutions as reference
 from ..model.turbo_vae import RMS_EPS, SHORTCUT_RMS_EPS
@@ -20,14 +21,13 @@ PICTURE_CHANNELS = 12
 MAX_FUSED_CHANNELS = 256  # a convolution's epilogue normalises up to so many
 MAX_CHANNELS = 512  # that any norm of ours takes
 BF16, F32 = torch.bfloat16, torch.float32
-Tensor = torch.Tensor
 
 
 class PixelOutputs(NamedTuple):
     """What a convolution wrote."""
 
-    out: Tensor | None
-    normed: Tensor | None
+    out: torch.Tensor | None
+    normed: torch.Tensor | None
 
 
 class ConvOptions(TypedDict, total=False):

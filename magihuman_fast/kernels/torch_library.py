@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..model.config import PATCH
 from . import ops
 from .products import HEAD_DIM
 
 NAMESPACE = "magihuman_fast"
-Tensor = torch.Tensor
 
 
 def _backend(tensor: Tensor) -> ops.Backend:

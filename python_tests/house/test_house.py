@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "magihuman_fast"
-FOLDERS = (PACKAGE, "csrc", "python_tests", "bench", "examples", ".ci")
+FOLDERS = (PACKAGE, "csrc", "docs", "python_tests", "bench", "examples", ".ci")
 CODE = {".py", ".cu", ".cuh", ".h", ".cpp"}
 TEXT = CODE | {".md", ".toml", ".txt", ".json", ""}  # "": Makefile, .ci/run
 MAX_LINES = 450
@@ -75,6 +75,31 @@ def test_module_names_say_what_is_inside() -> None:
     assert not [part for part in parts if VAGUE_NAME.search(part)]
 
 
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+NAMED_FILE = re.compile(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|cuh|cpp|cu|h))`")
+
+
+def test_pages_name_files_that_there_are() -> None:
+    """Links, and file names in backticks: from the root, the package, or a folder that the page speaks of."""
+    known = ["/" + path.relative_to(ROOT).as_posix() for path in files(CODE | {".md"})]
+    wrong = []
+    for page in files({".md"}):
+        text = page.read_text(encoding="utf-8")
+        for target, anchor in LINK.findall(text):
+            there = page.parent / target if target else page
+            headings = (
+                re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.MULTILINE) if there.is_file() else []
+            )
+            if not there.exists() or (
+                anchor and anchor not in [h.lower().replace(" ", "-") for h in headings]
+            ):
+                wrong.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
+        for name in NAMED_FILE.findall(text):
+            if not any(path.endswith(f"/{name}") for path in known):
+                wrong.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not wrong
+
+
 def modules() -> dict[str, Path]:
     """The package's modules by dotted name inside the package; "" is the package itself."""
     found = {}
@@ -122,6 +147,8 @@ def test_imports_point_down() -> None:
         if target == "" or floor[target] > floor[name]
     ]
     assert not wrong
+    between = [(name, t) for name in graph if name.startswith("codecs") for t in graph[name]]
+    assert not [pair for pair in between if pair[1].startswith("kernels")]  # a floor that both stand on
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -1,0 +1,64 @@
+"""The reference of every function, from the docstrings: `make docs` writes build/docs/index.html.
+
+A warning of pdoc's, such as an annotation that names nothing, is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pdoc
+import pdoc.render
+
+import magihuman_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = magihuman_fast.__name__
+# What is compiled has no docstrings (`ops` describes it), and to import `__main__` is to run it.
+NO_PAGE = ("_", "libmagihuman_kernels")
+
+
+def show_contents(room: ModuleType) -> None:
+    """Have pdoc show what a room hands on, which may be imported on first use, and its modules."""
+    names = list(getattr(room, "__all__", ()))
+    for name in names:
+        setattr(room, name, getattr(room, name))
+    for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+        name = module.name.rpartition(".")[2]
+        if name.startswith(NO_PAGE):
+            continue
+        if module.ispkg:
+            show_contents(importlib.import_module(module.name))
+        names.append(name)
+    room.__all__ = list(dict.fromkeys(names))  # type: ignore[attr-defined]
+
+
+def build(folder: Path) -> list[str]:
+    """Write the pages; what pdoc had to complain of."""
+    show_contents(magihuman_fast)
+    pdoc.render.configure(docformat="google", footer_text=f"{PACKAGE} {magihuman_fast.__version__}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pdoc.pdoc(PACKAGE, output_directory=folder)
+    ours = (Path(pdoc.__file__).parent, ROOT / PACKAGE)
+    return [str(w.message) for w in caught if any(Path(w.filename).is_relative_to(place) for place in ours)]
+
+
+def main(argv: Sequence[str]) -> int:
+    folder = Path(argv[0]) if argv else ROOT / "build" / "docs"
+    complaints = build(folder)
+    for complaint in complaints:
+        print(f"error: {complaint}", file=sys.stderr)
+    if not complaints:
+        print(f"the reference: {folder / 'index.html'}")
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The diffusion transformer on the kernels: `reference/dit.py` again, in its order and with its names, on `ops`.
+"""The diffusion transformer on the kernels: `model/dit.py` again, in its order and with its names, on `ops`.
 
 What differs is the optimisation. Every buffer is made once for a clip's shape and used by all steps and prompts; norms,
 activations, rotation, gates and residual sums are endings of the products before them; patches are cut and put

@@ -1,6 +1,6 @@
 """The Turbo VAE decoder: on a Hopper GPU in bfloat16 by the kernels of `ops`, else in plain PyTorch (`reference`).
 
-Same windows, same order, same roundings as `reference.turbo_vae`, which is the truth; what differs is where tensors lie
+Same windows, same order, same roundings as `model.turbo_vae`, which is the truth; what differs is where tensors lie
 (`decode_plan`), that norms run in the convolutions' epilogues, and that the last one writes frames.
 """
 

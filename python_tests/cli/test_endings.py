@@ -20,7 +20,7 @@ import pytest
 from magihuman_fast.cli import commands, ending_signals, standard_streams
 from magihuman_fast.cli import program as cli
 from magihuman_fast.cli.ending_signals import Terminated, as_exceptions
-from magihuman_fast.kernels.self_check import child as kernel_check_child
+from magihuman_fast.kernels.self_check import child
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "magihuman_fast"]
@@ -147,10 +147,10 @@ def test_kernel_check_ends_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
         started.append(child)
         raise Terminated(signal.SIGTERM)
 
-    monkeypatch.setattr(kernel_check_child, "_listen", interrupted)
+    monkeypatch.setattr(child, "_listen", interrupted)
     job = {"device": "cpu", "uuid": "", "backend": "sim", "kernels": [], "seconds": 60}
     with pytest.raises(Terminated):
-        kernel_check_child._one_child(job, kernel_check_child.Limits(), time.monotonic() + 60)
+        child._one_child(job, child.Limits(), time.monotonic() + 60)
     assert [child.returncode for child in started] == [-signal.SIGKILL]
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from attention_cases import FULL, WINDOW, Problem, check, expected, run, visible
-from magihuman_fast.kernels import attention as attention_ops
-from magihuman_fast.kernels import ops
+from magihuman_fast.kernels import attention, ops
 from magihuman_fast.kernels.attention import TILES
 from sim_library import CSRC, TEXT
 
@@ -284,7 +283,7 @@ def test_flash_attn_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
     def half_installed(name: str) -> object:
         raise ModuleNotFoundError("No module named 'einops'", name="einops")
 
-    monkeypatch.setattr(attention_ops, "import_module", half_installed)
+    monkeypatch.setattr(attention, "import_module", half_installed)
     with pytest.raises(ModuleNotFoundError, match="einops"):
         run(problem, "flash_attn")
     monkeypatch.undo()

@@ -11,12 +11,8 @@ import pytest
 import torch
 
 from backends import BACKENDS, device_of
-from magihuman_fast.kernels import attention as attention_ops
-from magihuman_fast.kernels import convolutions as conv_ops
-from magihuman_fast.kernels import ops
-from magihuman_fast.kernels import pointwise as pointwise_ops
-from magihuman_fast.kernels import products as matrix_ops
-from magihuman_fast.kernels.self_check import child as kernel_check_child
+from magihuman_fast.kernels import attention, convolutions, ops, pointwise, products
+from magihuman_fast.kernels.self_check import child
 from magihuman_fast.kernels.self_check.cases import CASES
 from magihuman_fast.kernels.self_check.child import check_in_turn, check_kernel
 from magihuman_fast.kernels.self_check.comparison import EXACT, ON_GPU, TO_BF16, TO_F32, Case, Draw, compare
@@ -50,7 +46,7 @@ def test_every_kernel_is_right(name: str, backend: ops.Backend) -> None:
 def test_calls_of_a_gpus_sizes_are_valid(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test without a GPU computes them: here they come as far as the launch."""
     launched: list[str] = []
-    for module in (attention_ops, conv_ops, matrix_ops, pointwise_ops):
+    for module in (attention, convolutions, products, pointwise):
         monkeypatch.setattr(module, "launch", lambda backend, op, *_, **__: launched.append(op))
     getattr(ops, case.operation)(**case.arguments(Draw(CPU, ON_GPU)), backend="sim")
     assert launched == [case.operation]
@@ -180,7 +176,7 @@ def test_bounds() -> None:
 def test_a_fault_that_spoils_the_device_ends_the_child(usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is checked after it, in the same process, would only fail with it."""
     plant(monkeypatch, "head", refuses)
-    monkeypatch.setattr(kernel_check_child, "_usable", lambda device: usable)
+    monkeypatch.setattr(child, "_usable", lambda device: usable)
     answers = io.StringIO()
     check_in_turn(THREE, CPU, "sim", answers)
     ended = [json.loads(line)["end"] for line in answers.getvalue().splitlines()[1::2]]

@@ -18,8 +18,7 @@ from kernel_findings import DECODER_FAULT, DECODER_REASON, GPU, MODEL_FAULT, MOD
 from magihuman_fast import InputError, MagiHumanPipeline
 from magihuman_fast.checkpoints import loading
 from magihuman_fast.checkpoints.synthetic.turbo_vae import TINY_CONFIG
-from magihuman_fast.kernels import launch as kernel_launch
-from magihuman_fast.kernels import ops
+from magihuman_fast.kernels import launch, ops
 from magihuman_fast.kernels.self_check import trust as kernel_trust
 from magihuman_fast.kernels.self_check.cases import CASES
 from magihuman_fast.kernels.self_check.child import Finding
@@ -243,7 +242,7 @@ def test_a_driver_is_known_by_its_cuda_too(monkeypatch: pytest.MonkeyPatch) -> N
     keys = []
     for version in (12080, 13000):
         kernels = SimpleNamespace(cuda_versions=lambda version=version: (12080, version))
-        monkeypatch.setattr(kernel_launch, "_module", lambda name, kernels=kernels: kernels)
+        monkeypatch.setattr(launch, "_module", lambda name, kernels=kernels: kernels)
         keys.append(kernel_trust._made_for(GPU, "gpu"))
     assert keys[0] | {"cuda": "13000"} == keys[1] != keys[0]
 

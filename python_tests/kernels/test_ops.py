@@ -11,12 +11,7 @@ import torch
 
 from backends import BACKENDS, device_of, offsets_tensor
 from cases import draw_weights
-from magihuman_fast.kernels import attention as attention_ops
-from magihuman_fast.kernels import convolutions as conv_ops
-from magihuman_fast.kernels import launch as kernel_launch
-from magihuman_fast.kernels import ops
-from magihuman_fast.kernels import pointwise as pointwise_ops
-from magihuman_fast.kernels import products as matrix_ops
+from magihuman_fast.kernels import attention, convolutions, launch, ops, pointwise, products
 from magihuman_fast.model.config import DiTConfig
 from magihuman_fast.model.dit import DiT
 from magihuman_fast.model.packing import PackedTokens, unpatchify
@@ -67,7 +62,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **numbers: object) -> None:
         pytest.fail("launched")
 
-    for module in (attention_ops, conv_ops, matrix_ops, pointwise_ops):
+    for module in (attention, convolutions, products, pointwise):
         monkeypatch.setattr(module, "launch", refuse)
 
 
@@ -228,7 +223,7 @@ def test_no_backend_stands_in_for_another(op: str, backend: Any, message: str) -
 
 
 def test_simulator_without_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_launch, "_module", lambda name: None)
+    monkeypatch.setattr(launch, "_module", lambda name: None)
     with pytest.raises(RuntimeError, match="_sim is not built"):
         ops.rms_norm(**VALID["rms_norm"](), backend="sim")
     assert str(ops.gpu_unavailable()).startswith("kernels not compiled")

@@ -15,7 +15,7 @@ import torch
 
 import magihuman_fast
 from dit_cases import kernel_model
-from magihuman_fast.kernels import launch as kernel_launch
+from magihuman_fast.kernels import launch
 from magihuman_fast.kernels.launch import capture_graph, side_stream
 from magihuman_fast.runtime import graph as step_graphs
 from magihuman_fast.runtime import turbo_vae
@@ -60,7 +60,7 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: object, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
         """As torch's, which stays on its stream when the capture failed."""
-        assert kernel_launch._one_capture_at_a_time.locked()
+        assert launch._one_capture_at_a_time.locked()
         assert capture_error_mode == "thread_local"
         before, self.current = self.current, stream
         yield
@@ -81,7 +81,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         "current_stream": lambda device: fake.current,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(kernel_launch, "_capture_streams", {})
+    monkeypatch.setattr(launch, "_capture_streams", {})
     return fake
 
 
@@ -166,7 +166,7 @@ def test_a_decoder_copies_on_a_side_stream(cuda: FakeCuda, monkeypatch: pytest.M
 def test_streams_are_made_in_one_place() -> None:
     package = Path(magihuman_fast.__file__).parent
     makers = [path.name for path in package.rglob("*.py") if "cuda.Stream(" in path.read_text("utf-8")]
-    assert makers == ["kernel_launch.py"]
+    assert makers == ["launch.py"]
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------

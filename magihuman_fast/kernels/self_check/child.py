@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came out for one kernel: a name of `kernel_check_cases.CASES`.
+    """What came out for one kernel: a name of `cases.CASES`.
 
     `unchecked` is neither right nor wrong: the kernel never ran, or what ended it may be no doing of its own. `detail`
     says what was wrong, or why. `error` is the distance from PyTorch of the element furthest from it and `allowed` what

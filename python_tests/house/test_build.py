@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-PACKAGE = ROOT / "magihuman_fast"
+ROOM = ROOT / "magihuman_fast" / "kernels"
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 
@@ -47,7 +47,7 @@ def test_api_needs_no_other_header(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> Path:
-    library = PACKAGE / "libmagihuman_kernels.so"
+    library = ROOM / "libmagihuman_kernels.so"
     if not library.exists() and shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed: there is no libmagihuman_kernels.so to look at")
     assert library.exists(), "nvcc is installed, and the kernels are not built: make build"
@@ -141,29 +141,30 @@ def test_package_works_without_its_libraries() -> None:
 
 
 def build_without(nvcc: Path, tmp_path: Path) -> tuple[list[str], Path]:
-    """Build as for a wheel, elsewhere; the lines printed and the package built."""
+    """Build as for a wheel, elsewhere; the lines printed and the built room of the kernels."""
     command = [sys.executable, "setup.py", "--quiet", "egg_info", f"--egg-base={tmp_path}"]
     command += ["build", f"--build-base={tmp_path}", f"--build-lib={tmp_path / 'lib'}"]
     environment = {**os.environ, "CUDACXX": str(nvcc)}
-    environment.pop("MAGIHUMAN_BUILD_SIM", None)
+    for name in ("MAGIHUMAN_BUILD_SIM", "MAGIHUMAN_KERNELS"):
+        environment.pop(name, None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines(), tmp_path / "lib" / "magihuman_fast"
+    return done.stdout.splitlines(), tmp_path / "lib" / "magihuman_fast" / "kernels"
 
 
 def test_build_without_nvcc_says_so_in_one_line(tmp_path: Path) -> None:
-    lines, package = build_without(tmp_path / "nvcc", tmp_path)
+    lines, room = build_without(tmp_path / "nvcc", tmp_path)
     assert lines == [
         f"magihuman_fast: {tmp_path / 'nvcc'} not found: kernels not compiled, reference path only"
     ]
-    assert (package / "ops.py").exists()
-    assert not list(package.glob("*.so"))
+    assert (room / "ops.py").exists()
+    assert not list(room.glob("*.so"))
 
 
 def test_build_with_an_old_nvcc_says_so_in_one_line(tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
     nvcc.chmod(0o755)
-    lines, package = build_without(nvcc, tmp_path)
+    lines, room = build_without(nvcc, tmp_path)
     reason = f"nvcc 12.8 or newer is needed, {nvcc} is release 11.8"
     assert lines == [f"magihuman_fast: {reason}: kernels not compiled, reference path only"]
-    assert not list(package.glob("*.so"))
+    assert not list(room.glob("*.so"))

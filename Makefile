@@ -9,9 +9,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CXX_FILES := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 CMAKE_FILES := CMakeLists.txt $(shell find csrc -name CMakeLists.txt)
+DIST := dist
+WHEEL := build/wheel
+# make wheel KERNELS=FOLDER packs the libraries that lie there and compiles none: tests do so.
+KERNELS := required
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint docs format bench demo gpu-kit clean
+.PHONY: help setup build test lint docs format bench demo wheel gpu-kit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +27,7 @@ help:
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    set-up, then the benchmarks"
 	@echo "make demo     set-up, then examples/demo/run.py"
+	@echo "make wheel    set-up, then $(DIST)/magihuman_fast-*.whl with the kernels compiled: installs without nvcc"
 	@echo "make gpu-kit  build, then build/gpu-kit: what travels to a bare GPU machine for bench/gpu_check.py"
 	@echo "make clean    remove .venv and everything built"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
@@ -78,6 +83,17 @@ bench: setup
 
 demo: setup
 	$(BIN)/python examples/demo/run.py
+
+# Compiled apart from the editable install, since the source lines that profilers like would carry this machine's paths.
+# The same commit in the same folder gives the same bytes. auditwheel finds the oldest Linux that the libraries run on and
+# names it; what they need besides the system is in the wheel already.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
+wheel: setup
+	@rm -rf $(WHEEL)/package $(WHEEL)/plain && mkdir -p $(WHEEL)
+	@MAGIHUMAN_KERNELS=$(KERNELS) $(BIN)/python -W "ignore:setup.py install" setup.py --quiet \
+		egg_info --egg-base $(WHEEL) build --build-base $(WHEEL) --build-lib $(WHEEL)/package \
+		bdist_wheel --skip-build --dist-dir $(WHEEL)/plain
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --only-plat --wheel-dir $(DIST) $(WHEEL)/plain/*.whl
 
 gpu-kit: build
 	$(BIN)/python bench/gpu_kit.py

@@ -2,7 +2,8 @@
 
 Without nvcc, or without a C++ compiler, the package installs all the same and runs on its reference path.
 MAGIHUMAN_BUILD_SIM=1 or 0 says whether the simulator module that tests use is built; by default it is for editable
-installs and not for wheels. CMAKE_ARGS is passed on.
+installs and not for wheels. MAGIHUMAN_KERNELS=required makes an error of kernels that cannot be compiled;
+MAGIHUMAN_KERNELS=FOLDER takes the libraries that lie there and compiles none. CMAKE_ARGS is passed on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "magihuman_fast"
 KERNELS = "kernels"  # the room that holds what is compiled
+REQUIRED = "required"
 MIN_NVCC = (12, 8)
 
 
@@ -67,19 +70,26 @@ class CMakeBuild(build_ext):
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
         if compiler is None:
             nvcc, with_sim, reason = None, False, "no C++ compiler found"
-        if nvcc is None:
+        wish = os.environ.get("MAGIHUMAN_KERNELS", "")
+        ready = wish not in ("", REQUIRED)
+        if ready:
+            nvcc = None
+            self._copy(Path(wish), target)
+        elif nvcc is None and wish == REQUIRED:
+            raise SystemExit(f"error: {PACKAGE}: {reason}, and without it there are no kernels to pack")
+        elif nvcc is None:
             print(f"{PACKAGE}: {reason}: kernels not compiled, reference path only", flush=True)
         if nvcc is not None or with_sim:
-            self._cmake(build, target, nvcc, with_sim)
+            self._cmake(build, target, nvcc, with_sim, in_place)
         # What an earlier build left and this one did not make would be out of date.
-        wanted = {"_C", "libmagihuman_kernels"} if nvcc is not None else set()
+        wanted = {"_C", "libmagihuman_kernels"} if ready or nvcc is not None else set()
         wanted |= {"_sim"} if with_sim else set()
         for library in target.glob("*.so"):
             if library.name.split(".")[0] not in wanted:
                 library.unlink()
         self.built = [str(path) for path in sorted(target.glob("*.so"))]
 
-    def _cmake(self, build: Path, target: Path, nvcc: str | None, with_sim: bool) -> None:
+    def _cmake(self, build: Path, target: Path, nvcc: str | None, with_sim: bool, in_place: bool) -> None:
         cmake, ninja = find_program("cmake"), find_program("ninja")
         # Everything named afresh: an isolated build's programs are gone by the next one.
         options = {
@@ -88,6 +98,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "MAGIHUMAN_BUILD_KERNELS": "OFF" if nvcc is None else "ON",
             "MAGIHUMAN_BUILD_SIM": "ON" if with_sim else "OFF",
+            "MAGIHUMAN_LINE_INFO": "ON" if in_place else "OFF",
         }
         if nvcc is not None:
             options["CMAKE_CUDA_COMPILER"] = nvcc
@@ -97,11 +108,20 @@ class CMakeBuild(build_ext):
         commands = [
             [cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *quiet, *defines, *extra],
             [cmake, "--build", build],
-            [cmake, "--install", build, "--prefix", target],
+            # Without the symbols for debuggers: they name the compiler's temporary files.
+            [cmake, "--install", build, "--prefix", target, *([] if in_place else ["--strip"])],
         ]
         for command in commands:
             if subprocess.run(command).returncode != 0:
                 raise SystemExit(f"error: {' '.join(map(str, command))} failed")
+
+    def _copy(self, ready: Path, target: Path) -> None:
+        """Kernels that another build has made, for this interpreter."""
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("libmagihuman_kernels.so", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            if not (ready / name).is_file():
+                raise SystemExit(f"error: {PACKAGE}: MAGIHUMAN_KERNELS: there is no {ready / name}")
+            shutil.copy2(ready / name, target / name)
 
     def get_outputs(self) -> list[str]:
         return self.built

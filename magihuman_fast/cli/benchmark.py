@@ -326,7 +326,7 @@ def notes(record: dict[str, Any]) -> list[str]:
 def cold_start(setting: Setting, preset: str) -> dict[str, float]:
     """Seconds from the start of a process to a clip's first frames, in parts: a fresh process measures itself."""
     values = asdict(setting) | {"model": None if setting.model is None else str(setting.model)}
-    code = "import sys, time; begun = time.time(); from magihuman_fast import benchmark; benchmark.start_cold(begun)"
+    code = f"import sys, time; begun = time.time(); from {__name__} import start_cold; start_cold(begun)"
     command = [sys.executable, "-c", code, json.dumps(values), preset]
     with tied() as stdin:
         begun = time.time()

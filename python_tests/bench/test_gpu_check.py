@@ -121,7 +121,7 @@ def test_contributing_shows_the_plan() -> None:
 
 def test_the_binding_compiles_for_the_machines_python(tmp_path: Path) -> None:
     """By the command of the run; without such an interpreter here, for this one."""
-    kernels = gpu_kit.PACKAGE / gpu_kit.KERNELS
+    kernels = gpu_kit.ROOM / gpu_kit.KERNELS
     if not kernels.is_file():
         pytest.skip("nvcc is not installed: there is no library to link")
     python = gpu_kit.python312() or sys.executable

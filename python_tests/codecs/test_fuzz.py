@@ -17,7 +17,7 @@ from magihuman_fast.errors import InputError
 from media_cases import decode_together, layout_places, tone, write_sound
 from picture_cases import P3, rgb_profile
 
-FUZZER = Path(__file__).with_name("fuzz_files.py")
+FUZZER = Path(__file__).resolve().parents[1] / "fuzz_files.py"
 CASES = 5000
 SOUNDS: tuple[tuple[str, str, str, int], ...] = (
     ("a.wav", "pcm_s16le", "5.1", 8000),

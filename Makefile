@@ -69,9 +69,9 @@ lint: setup
 docs: setup
 	$(BIN)/python docs/reference.py
 
-# The tests' tensors are small: a second thread waits more than it computes.
+# One process a core. The tests' tensors are small: a second thread of theirs waits more than it computes.
 test: lint docs build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -m "not gpu" -n auto --maxprocesses 8 --dist worksteal
 
 format: setup
 	$(BIN)/ruff check --fix-only .

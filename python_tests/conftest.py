@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,22 @@ Captured = tuple[int, str, str]
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder of this run: where processes share the tests, of all of them."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(run_folder: Path) -> Path:
     """A tiny synthetic checkpoint with every model; tests that change it copy it first."""
-    root = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(root, size="tiny", models=list(MODELS))
+    root = run_folder / "checkpoint"
+    with (run_folder / "checkpoint.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            aside = run_folder / "checkpoint-aside"
+            write_checkpoint(aside, size="tiny", models=list(MODELS))
+            aside.rename(root)
     return root
 
 
@@ -83,8 +96,8 @@ def request_(tiny_checkpoint: Path, tmp_path: Path) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def attention_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build_library("attention", tmp_path_factory.mktemp("attention_library"))
+def attention_library() -> ctypes.CDLL:
+    return build_library("attention")
 
 
 @pytest.fixture
@@ -111,6 +124,12 @@ def kernel_checks(kernel_cache: Path, made_for: dict[str, str], monkeypatch: pyt
     monkeypatch.setattr(ops, "gpu_unavailable", lambda device=None: None)
     monkeypatch.setattr(loading, "gpu_unavailable", lambda device=None: None)
     return found
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the tests, the slow ones come first: at the end there are small ones left to share."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

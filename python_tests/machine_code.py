@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+from built_once import CSRC, built_once, run, with_included
+
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 
 
@@ -77,7 +79,7 @@ def nvidia_program(name: str) -> str | None:
     return shutil.which(name)
 
 
-def compile_kernels(sources: Sequence[Path], folder: Path) -> dict[str, Compiled]:
+def compile_kernels(sources: Sequence[Path]) -> dict[str, Compiled]:
     """Sources by their stem, two at a time; skips the test where a tool is missing."""
     tools = {"nvcc": shutil.which("nvcc"), "c++filt": shutil.which("c++filt")}
     tools |= {
@@ -91,22 +93,31 @@ def compile_kernels(sources: Sequence[Path], folder: Path) -> dict[str, Compiled
     assert cutlass is not None
     assert cutlass.submodule_search_locations
     include = Path(cutlass.submodule_search_locations[0]) / "source" / "include"
-    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    flags = ["-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC}", f"-I{include}"]
+    # ptxas says so, and no more, when it serialises products: its warnings are errors.
+    strict = ["-Werror", "all-warnings", "-Xptxas=-v,--warn-on-spills,-Werror"]
+    compiler = [nvcc, *flags, *strict, "-cubin"]
+    versions = [run([tool, "--version"]) for tool in (nvcc, cuobjdump, nvdisasm)]
 
-    def run(command: list[str | Path], text: str | None = None) -> str:
-        done = subprocess.run(
-            command, capture_output=True, text=True, input=text, env={**os.environ, "PATH": path}
-        )
+    def run_on(text: str | None, command: list[str | Path]) -> str:
+        environment = os.environ | {
+            "PATH": f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        }
+        done = subprocess.run(command, capture_output=True, text=True, input=text, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     def compile_one(source: Path) -> Compiled:
-        cubin = folder / f"{source.stem}.cubin"
-        flags = ["-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC}", f"-I{include}"]
-        # ptxas says so, and no more, when it serialises products: its warnings are errors.
-        strict = ["-Werror", "all-warnings", "-Xptxas=-v,--warn-on-spills,-Werror"]
-        report = run([nvcc, *flags, *strict, "-cubin", source, "-o", cubin])
-        return Compiled(run([demangler], report), run([demangler], run([cuobjdump, "-sass", cubin])))
+        def make(target: Path) -> None:
+            cubin = target.with_suffix(".cubin")
+            report = run_on(None, [*compiler, source, "-o", cubin])
+            code = run_on(None, [cuobjdump, "-sass", cubin])
+            parts = {"report": run_on(report, [demangler]), "code": run_on(code, [demangler])}
+            target.write_text(json.dumps(parts))
+
+        name = str(source.relative_to(CSRC).with_suffix(".json")).replace("/", "-")
+        kept = built_once(name, [*versions, *compiler, str(source), *with_included(source)], make)
+        return Compiled(**json.loads(kept.read_text()))
 
     with ThreadPoolExecutor(2) as pool:
         stems = [source.stem for source in sources]

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from machine_code import CSRC, Kernel, compile_kernels, registers_of
+from built_once import CSRC
+from machine_code import Kernel, compile_kernels, registers_of
 
 # Keys of a tile by the configuration's name. Threads share 65536 registers: 384 of them start with 168 each; then one
 # warpgroup keeps 40 and two take 232.
@@ -17,9 +18,9 @@ HEAD = 128
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
+def kernels() -> dict[str, Kernel]:
     source = CSRC / "attention" / "launch_gated_attention.cu"
-    compiled = compile_kernels([source], tmp_path_factory.mktemp("machine_code"))[source.stem]
+    compiled = compile_kernels([source])[source.stem]
     return {tile: compiled.of(f"gated_attention_sm90<magihuman::attention::{tile}") for tile in TILES}
 
 

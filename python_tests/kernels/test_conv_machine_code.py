@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from machine_code import CSRC, Kernel, compile_kernels
+from built_once import CSRC
+from machine_code import Kernel, compile_kernels
 
 # Threads share 65536 registers: 384 of them start with 168 each; then one warpgroup keeps 40 and two take 232.
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
@@ -28,12 +29,12 @@ def name_of(tile: tuple[int, ...]) -> str:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels() -> Kernels:
     """Every compiled kernel of csrc/conv by source and name."""
     names = {source: [name_of(tile) for tile in tiles] for source, tiles in TILES.items()}
     names |= {source: [kernel] for source, kernel in POINTWISE.items()}
     sources = [CSRC / "conv" / f"{source}.cu" for source in names]
-    found = compile_kernels(sources, tmp_path_factory.mktemp("conv_machine_code"))
+    found = compile_kernels(sources)
     return {(source, name): found[source].of(name) for source in names for name in names[source]}
 
 

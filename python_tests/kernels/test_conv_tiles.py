@@ -50,9 +50,9 @@ LATENTS = {"256p": (16, 28), "540p": (34, 60), "1080p": (68, 120)}
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """csrc/conv/tests/sim_library.cpp with the simulator."""
-    return build_library("conv", tmp_path_factory.mktemp("conv_library"))
+    return build_library("conv")
 
 
 def verdicts(

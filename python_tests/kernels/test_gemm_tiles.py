@@ -19,8 +19,8 @@ WIDE, SQUARE = "128x256, pairs", "128x128"
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build_library("gemm", tmp_path_factory.mktemp("gemm_library"))
+def library() -> ctypes.CDLL:
+    return build_library("gemm")
 
 
 def verdicts(library: ctypes.CDLL, m: int, n: int, k: int, groups: int = 1, num_sms: int = 132) -> list[str]:

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from machine_code import CSRC, Kernel, compile_kernels, registers_of
+from built_once import CSRC
+from machine_code import Kernel, compile_kernels, registers_of
 
 # Threads share 65536 registers: 384 of them start with 168 each; then one warpgroup keeps 40 and two take 232.
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
@@ -25,10 +26,10 @@ CASES = [(source, tile) for source, tiles in PRODUCTS.items() for tile in tiles]
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Kernel]:
+def kernels() -> dict[tuple[str, str], Kernel]:
     """Every compiled kernel by source and tile."""
     sources = [CSRC / "gemm" / f"{name}.cu" for name in PRODUCTS]
-    compiled = compile_kernels(sources, tmp_path_factory.mktemp("machine_code"))
+    compiled = compile_kernels(sources)
     return {
         (source, tile): compiled[source].of(f"gemm_sm90<magihuman::gemm::{tile}") for source, tile in CASES
     }

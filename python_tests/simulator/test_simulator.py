@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from machine_code import CSRC, compile_kernels
+from built_once import CSRC, linked, run
+from machine_code import compile_kernels
 
 TESTS = CSRC / "sim" / "tests"
-COMPILER = os.environ.get("CXX", "g++")
-
-
-def run(command: list[str | Path], **kwargs: object) -> str:
-    """Standard output of a command; its error output is the failure's text."""
-    result = subprocess.run(command, capture_output=True, text=True, **kwargs)  # type: ignore[call-overload]
-    assert result.returncode == 0, f"{command[0]} failed:\n{result.stdout}\n{result.stderr}"
-    return str(result.stdout)
 
 
 def names_of_tests() -> list[str]:
@@ -29,32 +20,9 @@ def names_of_tests() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def simulator_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def simulator_tests() -> Path:
     """The test program, built from the simulator and its tests."""
-    build = tmp_path_factory.mktemp("simulator")
-    machine = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
-    flags = [
-        "-std=c++20",
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-Wno-psabi",
-        "-DMAGIHUMAN_SIM",
-        f"-I{CSRC}",
-    ]
-
-    def compile_one(source: Path) -> Path:
-        target = build / f"{source.stem}.o"
-        run([COMPILER, *flags, *machine, "-c", source, "-o", target])
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*CSRC.glob("sim/*.cpp"), *TESTS.glob("*.cpp")]))
-    program = build / "simulator_tests"
-    run([COMPILER, *objects, "-o", program])
-    return program
+    return linked("simulator_tests", sorted(TESTS.glob("*.cpp")))
 
 
 @pytest.mark.parametrize("name", names_of_tests())
@@ -115,10 +83,9 @@ MACHINE_CODE = {
 
 
 @pytest.fixture(scope="session")
-def machine_code(tmp_path_factory: pytest.TempPathFactory) -> str:
+def machine_code() -> str:
     """Disassembly of the sample kernels, compiled without a spill or a warning."""
-    folder = tmp_path_factory.mktemp("machine_code")
-    return compile_kernels([TESTS / "machine_code.cu"], folder)["machine_code"].code
+    return compile_kernels([TESTS / "machine_code.cu"])["machine_code"].code
 
 
 @pytest.mark.parametrize("wrapper", MACHINE_CODE)

@@ -245,13 +245,13 @@ const uint64_t* warp_exchange(const char* operation, uint64_t word) {
     Thread& thread = current();
     Warp& warp = *thread.warp;
     if (warp.arrived == 0) warp.operation = operation;
-    if (std::strcmp(warp.operation, operation) != 0) {
+    if (warp.operation != operation && std::strcmp(warp.operation, operation) != 0) {
         fail("divergent warp",
              text("lane %u runs %s while others run %s", thread.lane(), operation, warp.operation));
     }
-    for (uint32_t i = 0; i < 32; ++i) {
-        if (warp.lanes[i].done)
-            fail("divergent warp", text("%s by a warp whose lane %u has ended", operation, i));
+    if (warp.ended != 0) {
+        fail("divergent warp",
+             text("%s by a warp whose lane %d has ended", operation, __builtin_ctz(warp.ended)));
     }
     const uint32_t parity = warp.generation & 1;
     warp.given[thread.lane()] = word;
@@ -263,8 +263,7 @@ const uint64_t* warp_exchange(const char* operation, uint64_t word) {
     std::memcpy(warp.result[parity], warp.given, sizeof(warp.given));
     warp.arrived = 0;
     ++warp.generation;
-    for (uint32_t i = 0; i < 32; ++i)
-        if (i != thread.lane()) machine->wake(&warp.lanes[i]);
+    machine->wake_lanes(&warp, ~(1u << thread.lane()));
     return warp.result[parity];
 }
 
@@ -301,9 +300,13 @@ void stmatrix(void* row, const uint32_t (&registers)[4], bool transposed) {
     const uint64_t* rows = exchange_rows("stmatrix", row);
     const uint32_t lane = current().lane();
     for (uint32_t i = 0; i < 4; ++i) {
+        if (!transposed) {  // both halves lie side by side
+            store_shared_bytes(matrix_element(rows, i, lane, false, 0), &registers[i], 4);
+            continue;
+        }
         for (uint32_t half = 0; half < 2; ++half) {
             const auto element = static_cast<uint16_t>(registers[i] >> 16 * half);
-            store_shared_bytes(matrix_element(rows, i, lane, transposed, half), &element, 2);
+            store_shared_bytes(matrix_element(rows, i, lane, true, half), &element, 2);
         }
     }
     warp_exchange("stmatrix end", 0);  // aligned: no lane goes on before all have stored
@@ -313,9 +316,13 @@ void ldmatrix(const void* row, uint32_t (&registers)[4], bool transposed) {
     const uint64_t* rows = exchange_rows("ldmatrix", row);
     const uint32_t lane = current().lane();
     for (uint32_t i = 0; i < 4; ++i) {
+        if (!transposed) {
+            load_shared_bytes(matrix_element(rows, i, lane, false, 0), &registers[i], 4);
+            continue;
+        }
         uint16_t element[2];
         for (uint32_t half = 0; half < 2; ++half) {
-            load_shared_bytes(matrix_element(rows, i, lane, transposed, half), &element[half], 2);
+            load_shared_bytes(matrix_element(rows, i, lane, true, half), &element[half], 2);
         }
         registers[i] = element[0] | uint32_t{element[1]} << 16;
     }

@@ -70,11 +70,7 @@ void check_global_access(const void* address, size_t bytes) {
     check_global(address, bytes, "global access");
 }
 
-Thread& current() {
-    if (machine == nullptr || machine->current == nullptr)
-        throw std::logic_error("device code called outside a launch");
-    return *machine->current;
-}
+void fail_outside() { throw std::logic_error("device code called outside a launch"); }
 
 void fail(const char* kind, const std::string& what) {
     if (machine == nullptr) throw Error(kind, what);
@@ -122,13 +118,6 @@ Machine::Machine(const GridConfig& config, const std::function<void()>& body, ui
     // And in three of four launches one kind of operation is far slower than all others.
     for (int kind = 0; kind < 3; ++kind) late_share_[kind] = seed / 4 % 4 == kind + 1u ? 0.95 : 0.05;
     elected_lane = static_cast<uint32_t>(random() % 32);
-}
-
-uint64_t Machine::random() {
-    rng_ ^= rng_ << 13;
-    rng_ ^= rng_ >> 7;
-    rng_ ^= rng_ << 17;
-    return rng_ * 0x2545f4914f6cdd1d;
 }
 
 void Machine::run() {
@@ -210,19 +199,32 @@ void Machine::run_cluster() {
 }
 
 void Machine::run_warp(Warp* warp) {
-    uint32_t todo = warp->ready;
-    warp->ready = 0;
+    running_ = warp;
+    todo_ = std::exchange(warp->ready, 0);
     // Lanes in either direction: code that leans on lane 0 being first has a missing warp_sync.
-    const bool upwards = chance(0.5);
-    while (todo != 0) {
-        const int lane = upwards ? __builtin_ctz(todo) : 31 - __builtin_clz(todo);
-        todo &= ~(1u << lane);
-        current = &warp->lanes[lane];
-        current->waiting.what = nullptr;
-        ++counters.switches;
-        fibre_switch(scheduler_, current->fibre);
-        current = nullptr;
-        if (failed_) throw Error(failure_kind_, failure_);
+    upwards_ = chance(0.5);
+    current = next_lane();
+    fibre_switch(scheduler_, current->fibre);
+    current = nullptr;
+    if (failed_) throw Error(failure_kind_, failure_);
+}
+
+Thread* Machine::next_lane() {
+    const int lane = upwards_ ? __builtin_ctz(todo_) : 31 - __builtin_clz(todo_);
+    todo_ &= ~(1u << lane);
+    Thread* thread = &running_->lanes[lane];
+    thread->waiting.what = nullptr;
+    ++counters.switches;
+    return thread;
+}
+
+// To the warp's next lane, without the detour by the scheduler, or back to that.
+void Machine::leave(Thread* thread) {
+    if (todo_ == 0) {
+        fibre_switch(thread->fibre, scheduler_);
+    } else {
+        current = next_lane();
+        fibre_switch(thread->fibre, current->fibre);
     }
 }
 
@@ -240,22 +242,8 @@ void Machine::complete_one() {
 }
 
 void Machine::suspend(const Waiting& waiting) {
-    Thread* thread = current;
-    thread->waiting = waiting;
-    fibre_switch(thread->fibre, scheduler_);
-}
-
-void Machine::maybe_yield() {
-    if (!chance(0.06)) return;
-    wake(current);
-    suspend({});
-}
-
-void Machine::wake(Thread* thread) {
-    Warp* warp = thread->warp;
-    // A warp that is running right now re-enters the list as well: its `ready` was taken at the start.
-    if (warp->ready == 0) ready_.push_back(warp);
-    warp->ready |= 1u << thread->lane();
+    current->waiting = waiting;
+    leave(current);
 }
 
 void Machine::wake_all(std::vector<Thread*>& waiters) {
@@ -283,8 +271,9 @@ void Machine::fail(const char* kind, const std::string& what) {
 void Machine::finish_thread() {
     check_exit(*current);
     current->done = true;
+    current->warp->ended |= 1u << current->lane();
     --current->block->running;
-    fibre_switch(current->fibre, scheduler_);
+    leave(current);
     __builtin_unreachable();
 }
 

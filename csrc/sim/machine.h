@@ -71,6 +71,7 @@ struct Warp {
     Block* block = nullptr;
     Thread* lanes = nullptr;  // 32 of them
     uint32_t ready = 0;       // bit i: lane i can run
+    uint32_t ended = 0;       // bit i: lane i has ended
     double weight = 1;
     // The collective under way: who has come, what they gave; results by parity of the generation.
     const char* operation = nullptr;
@@ -106,14 +107,14 @@ struct Waiting {
 
 struct Thread {
     FibreContext fibre;
-    dim3 index;
-    uint32_t linear = 0;  // in the block
+    Waiting waiting;
     Block* block = nullptr;
     Warp* warp = nullptr;
     Warpgroup* warpgroup = nullptr;
     const char* role = "-";
+    dim3 index;
+    uint32_t linear = 0;  // in the block
     bool done = false;
-    Waiting waiting;
     uint32_t proxy_fences = 0;
     bool unpublished = false;  // has initialised mbarriers that only itself may use so far
     // WGMMA: products issued, the ordinal behind each committed group, and what they may still write.
@@ -171,15 +172,29 @@ class Machine {
     std::vector<Thread*> cluster_waiters;
     uint32_t elected_lane = 0;
 
-    uint64_t random();
+    uint64_t random() {
+        rng_ ^= rng_ << 13;
+        rng_ ^= rng_ >> 7;
+        rng_ ^= rng_ << 17;
+        return rng_ * 0x2545f4914f6cdd1d;
+    }
     bool chance(double probability) { return random() * 0x1p-64 < probability; }
 
     void post(std::unique_ptr<AsyncOp> op);
     // The running thread waits: returns after someone called wake for it.
     void suspend(const Waiting& waiting);
     // The running thread lets others go first, now and then.
-    void maybe_yield();
-    void wake(Thread* thread);
+    void maybe_yield() {
+        if (!chance(0.06)) return;
+        wake(current);
+        suspend({});
+    }
+    void wake(Thread* thread) { wake_lanes(thread->warp, 1u << thread->lane()); }
+    // A warp that is running right now re-enters the list as well: its `ready` was taken at the start.
+    void wake_lanes(Warp* warp, uint32_t lanes) {
+        if (warp->ready == 0) ready_.push_back(warp);
+        warp->ready |= lanes;
+    }
     void wake_all(std::vector<Thread*>& waiters);
     [[noreturn]] void fail(const char* kind, const std::string& what);
     [[noreturn]] void finish_thread();
@@ -188,6 +203,8 @@ class Machine {
     void start_cluster(dim3 origin);
     void run_cluster();
     void run_warp(Warp* warp);
+    Thread* next_lane();
+    void leave(Thread* thread);
     void complete_one();
     void check_exit(Thread& thread);
     void check_cluster_end();
@@ -195,6 +212,10 @@ class Machine {
 
     FibreContext scheduler_;
     std::vector<Warp*> ready_;
+    // Of the warp that runs: lanes whose turn is to come, and in which direction.
+    Warp* running_ = nullptr;
+    uint32_t todo_ = 0;
+    bool upwards_ = true;
     // Under way; the late ones complete only when nothing else can happen.
     std::vector<std::unique_ptr<AsyncOp>> in_flight_, late_;
     uint64_t rng_;
@@ -205,8 +226,13 @@ class Machine {
 };
 
 extern Machine* machine;  // null outside a launch
-Thread& current();        // the running thread
 [[noreturn]] void fail(const char* kind, const std::string& what);
+[[noreturn]] void fail_outside();
+// The running thread.
+inline Thread& current() {
+    if (machine == nullptr || machine->current == nullptr) fail_outside();
+    return *machine->current;
+}
 
 std::string barrier_name(const MBarrier& barrier);
 void mbarrier_complete_bytes(Block& block, uint32_t offset, uint32_t bytes, uint32_t phase,

@@ -37,6 +37,13 @@ Descriptor decode(uint64_t bits, const char* operand) {
     return d;
 }
 
+[[noreturn]] void fail_beyond(const char* operand, uint32_t address, const SharedMemory& memory) {
+    fail("out of bounds",
+         text("the descriptor of %s reaches shared address 0x%x; the block has %u bytes from "
+              "0x%x on",
+              operand, address, memory.size(), SharedMemory::kWindowStart));
+}
+
 }  // namespace
 
 std::vector<uint32_t> operand_chunks(const WgmmaForm& form, bool a, const SharedMemory& memory) {
@@ -45,19 +52,16 @@ std::vector<uint32_t> operand_chunks(const WgmmaForm& form, bool a, const Shared
     const uint32_t rows = a ? 64 : form.n;
     const uint32_t span = swizzle_span(d.swizzle);
     const bool plain = d.swizzle == Swizzle::kNone;
-    std::vector<uint32_t> chunks;
+    std::vector<uint32_t> chunks(2 * rows);
+    uint32_t* next = chunks.data();
     const auto add = [&](uint32_t address) {
         const uint32_t offset = swizzle_offset(address, d.swizzle) - SharedMemory::kWindowStart;
         if (address < SharedMemory::kWindowStart || offset + 16 > memory.size()) {
-            fail("out of bounds",
-                 text("the descriptor of %s reaches shared address 0x%x; the block has %u bytes from "
-                      "0x%x on",
-                      operand, address, memory.size(), SharedMemory::kWindowStart));
+            fail_beyond(operand, address, memory);
         }
-        chunks.push_back(offset);
+        *next++ = offset;
     };
     if (a ? form.a_mn_major : form.b_mn_major) {
-        chunks.reserve(2 * rows);
         const uint32_t span_chunks = span / 16;
         for (uint32_t k = 0; k < 16; ++k) {
             for (uint32_t c = 0; c < rows / 8; ++c) {
@@ -67,7 +71,6 @@ std::vector<uint32_t> operand_chunks(const WgmmaForm& form, bool a, const Shared
             }
         }
     } else {
-        chunks.reserve(2 * rows);
         for (uint32_t row = 0; row < rows; ++row) {
             for (uint32_t c = 0; c < 2; ++c) {
                 add(d.start + row / 8 * d.stride + row % 8 * span + c * (plain ? d.leading : 16));
@@ -81,7 +84,7 @@ namespace {
 
 typedef float Vector __attribute__((vector_size(32), aligned(4)));
 
-constexpr int kK = 16, kPerChunk = 8;
+constexpr int kK = 16, kPerChunk = 8, kRows = 64, kMaxColumns = 256;
 
 float widen(const uint8_t* element) {
     uint16_t bits;
@@ -89,20 +92,59 @@ float widen(const uint8_t* element) {
     return bf16_to_float(bits);
 }
 
-// Elements of an operand as float, through store(row, k, value).
-template <typename Store>
-void unpack(const uint8_t* shared, const std::vector<uint32_t>& chunks, uint32_t rows, bool mn_major,
-            Store store) {
-    for (size_t i = 0; i < chunks.size(); ++i) {
-        const uint8_t* chunk = shared + chunks[i];
-        for (int e = 0; e < kPerChunk; ++e) {
-            const float value = widen(chunk + e * 2);
-            if (mn_major) {
-                store(static_cast<int>(i % (rows / 8)) * 8 + e, static_cast<int>(i / (rows / 8)), value);
-            } else {
-                store(static_cast<int>(i / 2), static_cast<int>(i % 2) * kPerChunk + e, value);
-            }
+// The elements of a chunk, as floats `pitch` apart.
+void unpack_chunk(const uint8_t* chunk, float* to, int pitch) {
+    if (pitch == 1) {
+#pragma GCC unroll 8
+        for (int e = 0; e < kPerChunk; ++e) to[e] = widen(chunk + e * 2);
+        return;
+    }
+#pragma GCC unroll 8
+    for (int e = 0; e < kPerChunk; ++e) to[e * pitch] = widen(chunk + e * 2);
+}
+
+// An operand as float: element (row, k) goes to row * row_pitch + k * k_pitch.
+void unpack(const uint8_t* shared, const std::vector<uint32_t>& chunks, int rows, bool mn_major, float* to,
+            int row_pitch, int k_pitch) {
+    const uint32_t* next = chunks.data();
+    if (mn_major) {
+        for (int k = 0; k < kK; ++k)
+            for (int row = 0; row < rows; row += kPerChunk)
+                unpack_chunk(shared + *next++, to + row * row_pitch + k * k_pitch, row_pitch);
+    } else {
+        for (int row = 0; row < rows; ++row)
+            for (int k = 0; k < kK; k += kPerChunk)
+                unpack_chunk(shared + *next++, to + row * row_pitch + k * k_pitch, k_pitch);
+    }
+}
+
+// Four rows by kVectors vectors of columns, whose sums stay in registers. Each sum takes its products in the order of k.
+template <int kVectors>
+void multiply_block(const float* a, const float* b, int n, bool accumulate, float* tile) {
+    constexpr int kLanes = 8, kBlockRows = 4;
+    Vector sum[kBlockRows][kVectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+            sum[r][v] = accumulate ? *reinterpret_cast<const Vector*>(tile + r * n + v * kLanes) : Vector{};
         }
+    }
+    for (int k = 0; k < kK; ++k) {
+        Vector right[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v)
+            right[v] = *reinterpret_cast<const Vector*>(b + k * n + v * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlockRows; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) sum[r][v] += a[r * kK + k] * right[v];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(tile + r * n + v * kLanes) = sum[r][v];
     }
 }
 
@@ -111,33 +153,27 @@ void unpack(const uint8_t* shared, const std::vector<uint32_t>& chunks, uint32_t
 void multiply(const WgmmaForm& form, const uint8_t* shared, const std::vector<uint32_t>& a_chunks,
               const std::vector<uint32_t>& b_chunks, const std::vector<uint32_t>& a_registers, float* tile) {
     const int n = form.n;
-    static float a[64][kK], b[kK][256];
-    unpack(shared, b_chunks, n, form.b_mn_major, [](int row, int k, float v) { b[k][row] = v; });
+    static float a[kRows * kK], b[kK * kMaxColumns];
+    unpack(shared, b_chunks, n, form.b_mn_major, b, 1, n);
     if (form.a_in_registers) {
         const auto* bytes = reinterpret_cast<const uint8_t*>(a_registers.data());
         for (int t = 0; t < 128; ++t) {
-            for (int i = 0; i < 8; ++i) {
+            for (int i = 0; i < 8; i += 2) {  // the next element is the next column's
                 const Place place = a_register_place(t, i);
-                a[place.row][place.column] = widen(bytes + t * 16 + i * 2);
+                float* to = a + place.row * kK + place.column;
+                to[0] = widen(bytes + t * 16 + i * 2);
+                to[1] = widen(bytes + t * 16 + i * 2 + 2);
             }
         }
     } else {
-        unpack(shared, a_chunks, 64, form.a_mn_major, [](int row, int k, float v) { a[row][k] = v; });
+        unpack(shared, a_chunks, kRows, form.a_mn_major, a, kK, 1);
     }
-    // Four rows by one vector of columns at a time; columns of the result are contiguous.
-    for (int row = 0; row < 64; row += 4) {
-        for (int column = 0; column < n; column += 8) {
-            Vector sum[4];
-            for (int r = 0; r < 4; ++r) {
-                float* at = tile + (row + r) * n + column;
-                sum[r] = form.accumulate ? *reinterpret_cast<const Vector*>(at) : Vector{};
-            }
-            for (int k = 0; k < kK; ++k) {
-                const Vector right = *reinterpret_cast<const Vector*>(&b[k][column]);
-                for (int r = 0; r < 4; ++r) sum[r] += a[row + r][k] * right;
-            }
-            for (int r = 0; r < 4; ++r) *reinterpret_cast<Vector*>(tile + (row + r) * n + column) = sum[r];
-        }
+    for (int row = 0; row < kRows; row += 4) {
+        int column = 0;
+        for (; column + 16 <= n; column += 16)
+            multiply_block<2>(a + row * kK, b + column, n, form.accumulate, tile + row * n + column);
+        if (column < n)
+            multiply_block<1>(a + row * kK, b + column, n, form.accumulate, tile + row * n + column);
     }
 }
 

@@ -55,7 +55,7 @@ struct TmaLoad final : AsyncOp {
                 std::memset(row.data(), 0, row_bytes);
                 if (valid > 0) std::memcpy(row.data() + skip, from, valid);
                 for_each_chunk(destination + offset, row_bytes, map.swizzle, [&](uint32_t to, uint32_t at) {
-                    block->memory.async_write(to, row.data() + at, 16);
+                    block->memory.async_write(to, row.data() + at);
                 });
             });
         block->memory.end_async_write(destination, map.box_bytes());
@@ -72,6 +72,7 @@ struct TmaStore final : AsyncOp {
     size_t group;
     uint32_t source;
     std::string reader;
+    std::vector<uint32_t> granules;
     std::vector<uint8_t> rows;
 
     // First the tile is read: its shared memory is free from then on.
@@ -79,11 +80,10 @@ struct TmaStore final : AsyncOp {
         SharedMemory& memory = thread->block->memory;
         const uint32_t row_bytes = map.box[0] * element_bytes(map.type);
         rows.resize(map.box_bytes());
+        memory.end_async_read(granules, reader.c_str());
         for (uint32_t offset = 0; offset < rows.size(); offset += row_bytes) {
             for_each_chunk(source + offset, row_bytes, map.swizzle, [&](uint32_t from, uint32_t at) {
-                memory.check_unchanged(from, reader.c_str());
                 std::memcpy(rows.data() + offset + at, memory.data() + from, 16);
-                memory.end_async_read(from);
             });
         }
         --thread->bulk[group].reads;
@@ -186,9 +186,8 @@ void tma_store(const TensorMap* map, const void* source, const int* coordinates,
     op->group = thread.bulk.size() - 1;
     op->source = checked_tile(spec, source, "TMA store");
     op->reader = text("a TMA store by role %s", thread.role);
-    for (uint32_t at = 0; at < spec.box_bytes(); at += 16) {
-        thread.block->memory.begin_async_read(op->source + at, op->reader.c_str());
-    }
+    for (uint32_t at = 0; at < spec.box_bytes(); at += 16) op->granules.push_back(op->source + at);
+    thread.block->memory.begin_async_read(op->granules, op->reader.c_str());
     ++thread.bulk.back().reads;
     ++thread.bulk.back().writes;
     ++counters.tma_stores;

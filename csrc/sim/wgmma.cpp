@@ -33,10 +33,7 @@ void WgmmaDone::complete() {
     SharedMemory& memory = group->block->memory;
     WgmmaOp& op = group->ops.front();
     for (const auto* chunks : {&op.a_chunks, &op.b_chunks}) {
-        for (const uint32_t offset : *chunks) {
-            memory.check_unchanged(offset, op.reader);
-            memory.end_async_read(offset);
-        }
+        memory.end_async_read(*chunks, op.reader);
     }
     multiply(op.form, memory.data(), op.a_chunks, op.b_chunks, op.a_registers,
              group->tiles[op.slot].values.data());
@@ -80,7 +77,7 @@ void start_reading(WgmmaOp& op, SharedMemory& memory) {
     if (!op.form.a_in_registers) op.a_chunks = operand_chunks(op.form, true, memory);
     op.b_chunks = operand_chunks(op.form, false, memory);
     for (const auto* chunks : {&op.a_chunks, &op.b_chunks}) {
-        for (const uint32_t offset : *chunks) memory.begin_async_read(offset, op.reader);
+        memory.begin_async_read(*chunks, op.reader);
     }
 }
 

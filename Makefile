@@ -15,13 +15,14 @@ WHEEL := build/wheel
 KERNELS := required
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint docs format bench demo wheel gpu-kit clean
+.PHONY: help setup build test check lint docs format bench demo wheel gpu-kit clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup    build .venv: torch, the package (editable) and the developer tools"
 	@echo "make build    set-up, then compile what changed in csrc: simulator, and kernels where there is nvcc"
 	@echo "make test     build, then all checks: ruff, mypy, clang-format, pytest"
+	@echo "make check    lint, and the tests of what has changed since main, without the slow ones: under a minute"
 	@echo "make lint     the same checks without pytest"
 	@echo "make docs     the reference of every function, in build/docs; a warning there is an error"
 	@echo "make format   rewrite the sources in the project's format"
@@ -72,6 +73,10 @@ docs: setup
 # One process a core. The tests' tensors are small: a second thread of theirs waits more than it computes.
 test: lint docs build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -m "not gpu" -n auto --maxprocesses 8 --dist worksteal
+
+# What one wants to know while working: the checks, and the tests of what has changed, but the slow ones.
+check: lint build
+	OMP_NUM_THREADS=1 $(BIN)/python python_tests/changed_tests.py
 
 format: setup
 	$(BIN)/ruff check --fix-only .

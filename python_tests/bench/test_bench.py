@@ -200,6 +200,7 @@ def test_layers_of_a_decode_window() -> None:
     assert sixty_four.nbytes == 2 * 2 * 64 * pixels + 2 * 27 * 64 * 64
 
 
+@pytest.mark.slow
 def test_quality_of_the_decoder() -> None:
     found = decoder_cases.decoder_quality(dataclasses.replace(TINY, backend="sim"), 2)
     errors = [found[f"{name}: relative error"] for name in ("kernels", "PyTorch bf16")]
@@ -219,6 +220,7 @@ def every_case() -> list[Case]:
     return [case for build in builders for case in build(TINY)]
 
 
+@pytest.mark.slow
 def test_every_case_runs_and_a_failing_variant_stops_no_other() -> None:
     results: list[Result] = []
     errors: list[tuple[str, str]] = []

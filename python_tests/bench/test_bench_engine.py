@@ -129,6 +129,7 @@ def test_step_script_keeps_what_it_cannot_pair(monkeypatch: pytest.MonkeyPatch, 
     assert record["machine"]["torch"]
 
 
+@pytest.mark.slow
 def test_whole_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Both stages, the baseline and the fresh process, on toys; its record, table and picture."""
     path = tmp_path / "e2e.json"
@@ -179,6 +180,7 @@ def test_baseline_computes_what_the_pipeline_does() -> None:
     assert rel_err(got, ref) < 0.05
 
 
+@pytest.mark.slow
 def test_baseline_compiles_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once each: 3 in the first stage, 5 in the windowed second, and those again for the other length that guidance's
     second prompt has, which is more than torch compiles by itself."""
@@ -195,6 +197,7 @@ def test_baseline_compiles_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch) 
         assert counts["unique_graphs"] == 3 + 2 * 5
 
 
+@pytest.mark.slow
 def test_a_preset_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU two do not fit beside each other."""
     load, last, loaded = benchmark.Setting.load, list[weakref.ref[object]](), []

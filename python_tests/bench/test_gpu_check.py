@@ -51,6 +51,7 @@ def rehearse(folder: Path, *words: str, code: str = "") -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_rehearsal_contains_every_planted_fault(tmp_path: Path) -> None:
     done = rehearse(tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -67,11 +68,13 @@ def test_rehearsal_contains_every_planted_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plan", ["second", "baselines"])
+@pytest.mark.slow
 def test_other_plans_can_be_rehearsed(tmp_path: Path, plan: str) -> None:
     done = rehearse(tmp_path, "--plan", plan)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_bare_machine_can_rehearse(tmp_path: Path) -> None:
     """Without any package that it lacks; the clips need diffusers, which comes in the kit."""
     names = ",".join(g.name for g in gpu_plan.PLAN if not g.name.startswith("clip"))
@@ -98,6 +101,7 @@ def test_clocks_of_a_group(tmp_path: Path) -> None:
     assert clocks.between(second + 5, second + 6) == {}
 
 
+@pytest.mark.slow
 def test_every_gpu_test_is_in_a_plan_and_every_pattern_finds_some(pytestconfig: pytest.Config) -> None:
     words = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
     said = subprocess.run(
@@ -119,6 +123,7 @@ def test_contributing_shows_the_plan() -> None:
     assert gpu_plan.table() in (gpu_kit.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_binding_compiles_for_the_machines_python(tmp_path: Path) -> None:
     """By the command of the run; without such an interpreter here, for this one."""
     kernels = gpu_kit.ROOM / gpu_kit.KERNELS

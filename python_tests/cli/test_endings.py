@@ -82,6 +82,7 @@ def hang_up_is_not_ignored() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", CODES)
+@pytest.mark.slow
 def test_signal_while_saving(number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Twice at once, as a supervisor may send it: nothing half-written stays, and the old file is kept."""
     (tmp_path / "out.mp4").write_bytes(b"old")
@@ -99,6 +100,7 @@ def test_signal_while_saving(number: signal.Signals, tiny_checkpoint: Path, tmp_
     assert (tmp_path / "out.mp4").read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_signal_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     """Also none of the files that were complete; and a folder that was there stays."""
     for folder in (tmp_path / "new" / "model", tmp_path):
@@ -323,6 +325,7 @@ def with_shell(redirections: str) -> list[str]:
     return ["sh", "-c", f'exec "$0" "$@" {redirections}', *COMMAND]
 
 
+@pytest.mark.slow
 def test_stdout_is_closed(tiny_checkpoint: Path) -> None:
     """No result on stderr; what a run would print is refused before it runs."""
     expected = "error: stdout: expected an open stream for the result, found it closed"
@@ -342,6 +345,7 @@ def test_stderr_is_closed() -> None:
 
 
 @pytest.mark.parametrize("how", ["unread", "closed", "full"])
+@pytest.mark.slow
 def test_what_cannot_be_logged_ends_nothing(
     how: str, unread: IO[bytes], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

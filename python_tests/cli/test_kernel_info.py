@@ -110,6 +110,7 @@ def test_info_says_why_there_is_nothing_to_check(capsys: pytest.CaptureFixture[s
     assert "--simulator needs --check" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_info_in_the_simulator(kernel_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing replaced: a child process with all simulated kernels, whose answers are kept."""
     code, out = info(capsys, "--check", "--simulator")

@@ -183,6 +183,7 @@ def test_progress_arrives_while_the_clip_is_made(plain: MagiHumanPipeline) -> No
     assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_embedding(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "embed.py"), str(tiny_checkpoint), "She says hello."]
     command += [str(tmp_path / "out.mp4"), "--seconds", "1", "--size", "64", "64"]

@@ -9,6 +9,8 @@ import pytest
 from built_once import CSRC
 from machine_code import Kernel, compile_kernels, registers_of
 
+pytestmark = pytest.mark.slow  # nvcc and the disassembler
+
 # Keys of a tile by the configuration's name. Threads share 65536 registers: 384 of them start with 168 each; then one
 # warpgroup keeps 40 and two take 232.
 TILES = {"TileConfig<176, 4, 2>": 176, "TileConfig<176, 4, 1>": 176, "TileConfig<128, 6, 1>": 128}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -75,21 +76,33 @@ class Assignment:
     kv_head: int
     shared: int
 
-    def key_tile(self, j: int, row: int) -> tuple[int, bool, int, int]:
-        """First key, whether it is masked, and the range of keys that `row` may see of it."""
-        found = (ctypes.c_int * 4)()
+    def key_tiles_of(self, row: int) -> np.ndarray:
+        """Of each key tile: the first key, whether it is masked, and the range of keys that `row` may see of it."""
+        found = np.empty((self.key_tiles, 4), dtype=np.intc)
         s = self.schedule
-        s.library.attention_key_tile(s.problem, self.unit, self.rank, j, row, found)
-        return found[0], bool(found[1]), found[2], found[3]
+        s.library.attention_key_tiles(
+            s.problem, self.unit, self.rank, self.key_tiles, row, ctypes.c_void_p(found.ctypes.data)
+        )
+        return found
+
+    def key_tile(self, j: int, row: int) -> tuple[int, bool, int, int]:
+        start, masked, begin, end = self.key_tiles_of(row)[j].tolist()
+        return start, bool(masked), begin, end
 
 
 def seen_by_rule(tokens: Tokens, row: int) -> np.ndarray:
     """One row of the dense mask."""
+    video, _, _, frame, _ = tokens
+    return seen_from_frame(tokens, None if frame == 0 or row >= video else row // frame)
+
+
+@lru_cache(maxsize=8)  # all rows of a frame see the same, and all others everything
+def seen_from_frame(tokens: Tokens, of_row: int | None) -> np.ndarray:
     video, rows, _, frame, radius = tokens
-    keys = np.arange(rows)
-    if frame == 0 or row >= video:
+    if of_row is None:
         return np.ones(rows, dtype=bool)
-    return (np.abs(keys // frame - row // frame) <= radius) | (keys >= video)
+    keys = np.arange(rows)
+    return (np.abs(keys // frame - of_row) <= radius) | (keys >= video)
 
 
 def check_keys(tile: Assignment, tokens: Tokens, block_n: int) -> None:
@@ -99,19 +112,16 @@ def check_keys(tile: Assignment, tokens: Tokens, block_n: int) -> None:
     edges = {tile.row, tile.end - 1}
     edges |= {r for f in range(tile.row // step, tile.end // step + 1) for r in (f * step - 1, f * step)}
     for row in sorted(r for r in edges if tile.row <= r < tile.end):
-        times = np.zeros(rows, dtype=int)
-        for j in range(tile.key_tiles):
-            start, masked, begin, end = tile.key_tile(j, row)
-            assert start + block_n <= rows, "keys behind the last one would be read"
-            assert start + block_n > 0, "a tile without a key"
-            if masked:
-                first, last = max(start, begin, 0), min(start + block_n, end)
-            else:
-                first, last = start, start + block_n
-                assert first >= 0, "rows before the first one are seen"
-            if first < last:
-                times[first:last] += 1
-        assert (times == seen_by_rule(tokens, row)).all(), f"row {row}"
+        start, masked, begin, end = tile.key_tiles_of(row).T
+        assert (start + block_n <= rows).all(), "keys behind the last one would be read"
+        assert (start + block_n > 0).all(), "a tile without a key"
+        assert (start[masked == 0] >= 0).all(), "rows before the first one are seen"
+        first = np.where(masked, np.maximum(np.maximum(start, begin), 0), start)
+        last = np.where(masked, np.minimum(start + block_n, end), start + block_n)
+        some = first < last
+        # Up by one where a tile's keys begin, down where they end.
+        steps = np.bincount(first[some], minlength=rows + 1) - np.bincount(last[some], minlength=rows + 1)
+        assert (np.cumsum(steps)[:rows] == seen_by_rule(tokens, row)).all(), f"row {row}"
 
 
 @pytest.mark.parametrize(("cluster", "block_n"), [(2, 176), (1, 176), (1, 128)])

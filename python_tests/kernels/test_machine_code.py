@@ -10,6 +10,8 @@ import pytest
 from built_once import CSRC
 from machine_code import Kernel, compile_kernels, registers_of
 
+pytestmark = pytest.mark.slow  # nvcc and the disassembler
+
 # Threads share 65536 registers: 384 of them start with 168 each; then one warpgroup keeps 40 and two take 232.
 REGISTERS_AT_START, PRODUCER, CONSUMER = 168, 40, 232
 

@@ -65,6 +65,7 @@ def captured(tiny_checkpoint: Path) -> MagiHumanPipeline:
     ],
     ids=["distilled and windowed", "guided"],
 )
+@pytest.mark.slow
 def test_kernels_from_tokens_to_frames(tiny_checkpoint: Path, options: dict[str, Any]) -> None:
     """The whole pipeline with the simulated kernels: at most twice as far from float32 as the reference path."""
     request: dict[str, Any] = {**SMALL, "sr_steps": 2, "sr_size": (64, 96), "image": portrait(), "seed": 3}
@@ -130,6 +131,7 @@ def test_memory(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(first.frames, again.frames)
 
 
+@pytest.mark.slow
 def test_steps_and_decoder_take_turns_or_stay(tiny_checkpoint: Path) -> None:
     """With room for both, both stay for the next clip; with room for the larger only, each makes way for the other."""
     parts = vars(load_components(tiny_checkpoint, **LOAD)) | {"turbo_vae": simulated_decoder(tiny_checkpoint)}

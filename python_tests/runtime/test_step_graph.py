@@ -116,6 +116,7 @@ def test_recorded_run(backend: ops.Backend, name: str, bound: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
 def test_one_graph_serves_every_prompt(backend: ops.Backend) -> None:
     """Text length, image, driving sound and steps are data: a used graph gives the bits of a fresh one."""
     dit = kernel_model(backend)

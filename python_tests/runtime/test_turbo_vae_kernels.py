@@ -54,6 +54,7 @@ def poisoned_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("poisoned_workspace")
 @pytest.mark.parametrize("case", ["a_t1", "a_t7", "a_t16"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.slow
 def test_golden_windows(backend: ops.Backend, case: str) -> None:
     """One padded window; one whole; a first, a middle and a padded last one."""
     golden = load_golden(f"turbo_vae/{case}")
@@ -68,6 +69,7 @@ def test_golden_windows(backend: ops.Backend, case: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_workspace")
+@pytest.mark.slow
 def test_frames_are_those_of_the_picture() -> None:
     vae, latent = tiny_vae(), random_latent(9, 1, 2)
     pieces = list(vae.decode_windows(latent))
@@ -80,6 +82,7 @@ def test_frames_are_those_of_the_picture() -> None:
 
 @pytest.mark.usefixtures("poisoned_workspace")
 @pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.slow
 def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings and frames overwritten in place give the same bits as whole tensors."""
     values = dict(TINY_CONFIG) | {"first_chunk_size": 2, "step_size": 2}
@@ -107,6 +110,7 @@ def test_a_cancelled_decode_gives_its_buffers_back() -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 5, 8, 15, 16])
+@pytest.mark.slow
 def test_a_window_alone_is_that_window_of_the_clip(frames: int) -> None:
     """What a captured window is given: its own part of the latent, padded, at its beginning."""
     vae, latent = tiny_vae(), random_latent(frames, 1, 2)

@@ -112,14 +112,17 @@ void attention_assignment(const int* problem, int unit, int rank, int* found) {
     found[5] = a.shared;
 }
 
-// Key tile `j` of it: first key, whether it is masked, and the keys that `row` sees of it, begin and end.
-void attention_key_tile(const int* problem, int unit, int rank, int j, int row, int* found) {
+// Of `count` key tiles of it, the first ones: first key, whether it is masked, and the keys that `row` sees of it,
+// begin and end.
+void attention_key_tiles(const int* problem, int unit, int rank, int count, int row, int* found) {
     const attention::QueryTile tile = assignment(problem, unit, rank).tile;
-    const attention::KeySpan seen = tile.visible(j, problem[8], row, tokens(problem));
-    found[0] = tile.key_start(j, problem[8]);
-    found[1] = tile.masked(j, problem[8]);
-    found[2] = seen.begin;
-    found[3] = seen.end;
+    for (int j = 0; j < count; ++j, found += 4) {
+        const attention::KeySpan seen = tile.visible(j, problem[8], row, tokens(problem));
+        found[0] = tile.key_start(j, problem[8]);
+        found[1] = tile.masked(j, problem[8]);
+        found[2] = seen.begin;
+        found[3] = seen.end;
+    }
 }
 
 }  // extern "C"

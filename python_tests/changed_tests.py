@@ -1,0 +1,110 @@
+"""The tests of what has changed, without the slow ones: what `make check` runs. `make test` runs all of them.
+
+What has changed is what differs from main; on main itself the working tree, or, where that is clean, the last commit.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "python_tests"
+ALWAYS = "house/test_house.py"
+# For those who have no git, or nothing to compare with.
+QUICK = ("house/test_house.py", "guards", "model", "kernels/test_ops.py")
+# Folder of csrc to its tests: patterns of files.
+OF_KERNELS = {
+    "attention": "kernels/test_attention*.py",
+    "conv": "kernels/test_conv*.py",
+    "gemm": "kernels/test_gemm*.py",
+    "pointwise": "kernels/test_pointwise.py",
+    "common": "kernels/test_attention.py",
+    "hopper": "simulator/*.py",
+    "sim": "simulator/*.py",
+}
+OPTIONS = ("-q", "-m", "not gpu and not slow", "-n", "auto", "--dist", "worksteal")
+
+
+def git(*words: str) -> list[str] | None:
+    """The lines that git says; None where it fails."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return None if done.returncode else done.stdout.splitlines()
+
+
+def changed_files() -> list[str] | None:
+    """Relative to the repository; None where nobody can tell."""
+    base = git("merge-base", "HEAD", "main") or git("merge-base", "HEAD", "origin/main")
+    head, new = git("rev-parse", "HEAD"), git("ls-files", "--others", "--exclude-standard")
+    if base is None or head is None or new is None:
+        return None
+    changed = git("diff", "--name-only", base[0])
+    if base == head and not changed and not new:
+        changed = git("diff", "--name-only", "HEAD~1")
+    return None if changed is None else sorted({*changed, *new})
+
+
+def all_files() -> list[Path]:
+    return sorted(TESTS.glob("*/test_*.py"))
+
+
+def importing(module: str) -> set[Path]:
+    """Tests that import a module, named as they would: `magihuman_fast.model.dit`, `cases`."""
+    package, _, name = module.rpartition(".")
+    forms = [rf"import {re.escape(module)}\b", rf"from {re.escape(module)} import"]
+    if package:
+        forms.append(rf"from {re.escape(package)} import [^\n]*\b{name}\b")
+    pattern = re.compile("^(" + "|".join(forms) + ")", re.MULTILINE)
+    return {path for path in all_files() if pattern.search(path.read_text(encoding="utf-8"))}
+
+
+def named_after(stem: str, room: str) -> set[Path]:
+    """The tests of a module by their names: those of its own room where there are any."""
+    named = {path for path in all_files() if stem in path.stem}
+    return {path for path in named if path.parent.name == room} or named
+
+
+def for_file(file: str) -> set[Path]:
+    """The tests of one file of the repository."""
+    path = Path(file)
+    top, room = path.parts[0], path.parts[1] if len(path.parts) > 2 else ""
+    if top == "csrc":
+        return (
+            set(TESTS.glob(OF_KERNELS[room]))
+            if room in OF_KERNELS
+            else set(TESTS.glob("kernels/test_ops.py"))
+        )
+    if path.suffix != ".py":
+        return set()
+    if top == "python_tests":
+        own = ROOT / path
+        return {own} & set(all_files()) or importing(path.stem)
+    if top == "examples":
+        return {TESTS / "house" / "test_examples.py"}
+    if top == "bench":
+        return named_after(path.stem, "bench") or importing(path.stem)
+    return named_after(path.stem, room) or importing(".".join(path.with_suffix("").parts))
+
+
+def chosen(files: Iterable[str] | None) -> list[str]:
+    """Paths of tests, relative to the repository."""
+    if files is None:
+        return [f"python_tests/{name}" for name in QUICK]
+    found = {TESTS / ALWAYS}.union(*map(for_file, files))
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def main(words: list[str]) -> int:
+    tests = chosen(changed_files())
+    print("checked:", *tests, flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", *OPTIONS, *tests, *words], cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

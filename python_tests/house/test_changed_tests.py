@@ -1,0 +1,56 @@
+"""What `make check` chooses for what has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import changed_tests
+from changed_tests import ROOT, chosen, for_file
+
+HOUSE = "python_tests/house/test_house.py"
+
+
+def names(file: str) -> set[str]:
+    return {path.name for path in for_file(file)}
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("magihuman_fast/codecs/sound_files.py", {"test_sound_files.py"}),
+        ("magihuman_fast/model/sampler.py", {"test_sampler.py"}),
+        ("python_tests/model/test_sampler.py", {"test_sampler.py"}),
+        ("csrc/pointwise/head.cu", {"test_pointwise.py"}),
+        ("csrc/sim/machine.cpp", {"test_simulator.py"}),
+        ("bench/records.py", {"test_bench_records.py"}),
+        ("examples/demo/run.py", {"test_examples.py"}),
+        ("MODEL.md", set()),
+    ],
+)
+def test_a_file_has_its_tests(file: str, expected: set[str]) -> None:
+    assert (ROOT / file).is_file()
+    assert names(file) == expected
+
+
+def test_what_tests_share_brings_those_that_use_it() -> None:
+    assert names("python_tests/conv_cases.py") >= {"test_conv.py", "test_conv_tiles.py"}
+    assert "test_sampler.py" not in names("python_tests/conv_cases.py")
+
+
+def test_every_kernel_has_tests() -> None:
+    for source in (ROOT / "csrc").rglob("*.c*"):
+        assert for_file(source.relative_to(ROOT).as_posix()), source
+
+
+def test_the_choice() -> None:
+    assert chosen([]) == [HOUSE]
+    assert chosen(["magihuman_fast/model/sampler.py"]) == [HOUSE, "python_tests/model/test_sampler.py"]
+    for name in chosen(None):  # nobody knows what has changed
+        assert (ROOT / name).exists()
+
+
+def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert changed_tests.changed_files() is None

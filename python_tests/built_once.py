@@ -60,6 +60,7 @@ def built_once(name: str, made_of: Sequence[str | Path], make: Callable[[Path], 
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             aside = folder / f"aside{kept.suffix}"
+            aside.unlink(missing_ok=True)
             make(aside)
             aside.rename(kept)
         os.utime(kept)

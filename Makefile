@@ -15,7 +15,7 @@ WHEEL := build/wheel
 KERNELS := required
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test check lint docs format bench demo wheel gpu-kit clean
+.PHONY: help setup build test check lint docs format bench demo wheel gpu-kit mutants clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make demo     set-up, then examples/demo/run.py"
 	@echo "make wheel    set-up, then $(DIST)/magihuman_fast-*.whl with the kernels compiled: installs without nvcc"
 	@echo "make gpu-kit  build, then build/gpu-kit: what travels to a bare GPU machine for bench/gpu_check.py"
+	@echo "make mutants ROOM=pipeline [N=20] [SEED=0]  faults planted in a room of the package: which does no test notice?"
 	@echo "make clean    remove .venv and everything built"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
 
@@ -102,6 +103,19 @@ wheel: setup
 
 gpu-kit: build
 	$(BIN)/python bench/gpu_kit.py
+
+# A report for people, which CI does not make; its tool is installed here only.
+N ?= 20
+SEED ?= 0
+
+$(VENV)/.mutants: $(VENV)/.installed
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["mutants"], sep="\n")' >$(VENV)/mutants-requires.txt
+	$(PIP_INSTALL) --requirement $(VENV)/mutants-requires.txt
+	@touch $@
+
+mutants: build $(VENV)/.mutants
+	@test -n "$(ROOM)" || { echo "error: name a room of magihuman_fast, or a module in one: make mutants ROOM=pipeline" >&2; exit 1; }
+	@OMP_NUM_THREADS=1 $(BIN)/python python_tests/mutants.py $(ROOM) --sample $(N) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info magihuman_fast/kernels/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks

@@ -23,6 +23,7 @@ from PIL import Image
 from magihuman_fast.checkpoints.synthetic import MODELS
 from magihuman_fast.checkpoints.synthetic.disk_size import checkpoint_bytes
 from magihuman_fast.cli import commands
+from magihuman_fast.errors import InputError
 from magihuman_fast.kernels import ops
 from magihuman_fast.model.dit import DiT
 from magihuman_fast.pipeline.pipeline import MagiHumanPipeline
@@ -66,6 +67,49 @@ def test_table_for_people(run: Any, loaded: object, request_: list[object]) -> N
         assert f"\n{stage} " in out
     assert "a library talks" in err
     assert "a library talks" not in out
+
+
+def test_options_reach_the_pipeline(
+    run: Any, loaded: MagiHumanPipeline, request_: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def load(root: Path, **options: Any) -> MagiHumanPipeline:
+        seen.update(options, root=root)
+        return loaded
+
+    def call(pipe: object, prompt: str, **options: Any) -> None:
+        seen.update(options, prompt=prompt)
+        raise InputError("enough")
+
+    monkeypatch.setattr(MagiHumanPipeline, "from_pretrained", load)
+    monkeypatch.setattr(MagiHumanPipeline, "__call__", call)
+    loading = {
+        "device": "cpu",
+        "precision": "fp32",
+        "text_encoder_on": "disk",
+        "variant": "base",
+        "sr": "1080p",
+    }
+    clip = {"seconds": 60, "steps": 3, "sr_steps": 7, "seed": 2**64 - 1, "negative_prompt": "a tree"}
+    folders = {name: Path(name) for name in ("text_encoder", "image_vae", "audio_vae")}
+    given = [("--" + name.replace("_", "-"), value) for name, value in (loading | clip | folders).items()]
+    more = ["--size", "96x64", "--sr-size", "128x96", "--sr-guidance", "--reference", "--no-check-kernels"]
+    assert run(*request_, *(text for pair in given for text in pair), *more)[0] == 2
+    expected = loading | clip | folders | {"kernels": False, "check_kernels": False, "sr_guidance": True}
+    expected |= {"width": 96, "height": 64, "sr_size": (128, 96), "prompt": "A woman speaks."}
+    assert {name: seen[name] for name in expected} == expected
+    assert seen.keys() - expected.keys() == {"root", "on_load", "on_step"}
+    run(*request_)
+    expected = {
+        "text_encoder_on": "auto",
+        "device": "auto",
+        "precision": "bf16",
+        "variant": "distill",
+        "seed": 42,
+    }
+    expected |= {"kernels": None, "check_kernels": None, "sr_guidance": False, "sr_steps": 1}
+    assert {name: seen[name] for name in expected} == expected
 
 
 def test_quiet(run: Any, loaded: object, request_: list[object]) -> None:
@@ -134,6 +178,7 @@ def test_no_progress_without_a_terminal(run: Any, loaded: object, request_: list
         (["--sr", "540p", "--sr-size", "9999x64"], 2, "sr_size: expected sides of"),
         (["--sr-guidance"], 2, "need --sr 540p"),
         (["--seed", "-1"], 2, "seed: expected"),
+        (["--seed", f"{2**64}"], 2, "seed: expected an integer from 0 to 2^64 - 1, got 18446744073709551616"),
         (["--steps", "0"], 2, "steps"),
         (["--variant", "turbo"], 2, "invalid choice: 'turbo'"),
         (["--prompt-file", "FOLDER/text.txt"], 2, "not allowed with argument --prompt"),

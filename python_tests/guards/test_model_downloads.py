@@ -157,6 +157,22 @@ def test_safetensors_cut_short(root: Path, keep: int) -> None:
     assert f"too long: expected {len(whole)} bytes by its header, found {len(whole) + 4}" in load(root)
 
 
+def test_lengths_of_a_safetensors_header(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    for length, text, cut in (
+        (2, b"{}", None),
+        (2, b"{", "cut short: expected at least 10 bytes by its header, found 9"),
+        (2, b"{}}", "too long: expected 10 bytes by its header, found 11"),
+        (100_000_000, b"{}", "cut short: expected at least 100000008 bytes by its header, found 10"),
+        # No header has such a length: its own reader tells.
+        (1, b"{", None),
+        (100_000_001, b"{}", None),
+    ):
+        file.write_bytes(length.to_bytes(8, "little") + text)
+        found = fault(file)
+        assert found is None if cut is None else cut in str(found), (length, text)
+
+
 @pytest.mark.parametrize("name", ["turbo_vae/checkpoint-340000.ckpt", "Wan2.2-TI2V-5B/Wan2.2_VAE.pth"])
 def test_torch_file_cut_short(root: Path, name: str) -> None:
     whole = (root / name).read_bytes()

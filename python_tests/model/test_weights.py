@@ -313,6 +313,18 @@ def compressed(header: bytes, data: bytes) -> bytes:
     return zstandard.compress(len(header).to_bytes(8, "little") + header + data)
 
 
+def test_lengths_of_a_compressed_header(tmp_path: Path) -> None:
+    import zstandard
+
+    file = tmp_path / "model.safetensors.zst"
+    file.write_bytes(compressed(b"{}", b""))  # the shortest there is
+    assert dict(open_checkpoint(file).tensors()) == {}
+    for length in (0, 1, 100_000_001, 2**64 - 1):
+        file.write_bytes(zstandard.compress(length.to_bytes(8, "little") + b"{}"))
+        with pytest.raises(CheckpointError, match=f"header of {length} bytes, expected 2 to 100000000"):
+            open_checkpoint(file)
+
+
 def test_compressed_tensor_beyond_memory(tmp_path: Path) -> None:
     count = 10**15
     header = f'{{"a": {{"dtype": "F32", "shape": [{count}], "data_offsets": [0, {4 * count}]}}}}'.encode()

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,21 @@ def plain(tiny_checkpoint: Path) -> MagiHumanPipeline:
 
 
 def test_prompt_to_file(plain: MagiHumanPipeline, tmp_path: Path) -> None:
+    start = time.perf_counter()
     result = plain("A woman says hello.", **SMALL)
+    elapsed = time.perf_counter() - start
     assert result.frames.shape == (25, 64, 64, 3)
     assert result.frames.dtype == np.uint8
     assert result.frames.std() > 1
     assert result.audio.dtype == np.float32
     assert result.audio.shape == (44100, 2)
     assert (result.fps, result.sample_rate, result.seed) == (25, 44100, 42)
-    assert {"text", "denoise", "decode", "sound", "total"} == set(result.timings)
+    stages = dict(result.timings)
+    total = stages.pop("total")
+    assert {"text", "denoise", "decode", "sound"} == set(stages)
+    # One after the other, within the time it took.
+    assert min(stages.values()) > 0
+    assert sum(stages.values()) <= total <= elapsed
     result.save(tmp_path / "out.mp4")
     assert load_audio(tmp_path / "out.mp4", 44100).shape[1] >= 44100
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
@@ -99,8 +107,14 @@ def test_super_resolution(tiny_checkpoint: Path, sr: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sampler, "super_resolve", record)
     options = SMALL | {"sr_steps": 1, "sr_size": (96, 128), "image": portrait()}
-    result = pipe("A woman nods.", **options)
+    steps: list[tuple[str, int, int]] = []
+    result = pipe("A woman nods.", on_step=lambda *step: steps.append(step), **options)
     assert result.frames.shape == (25, 128, 96, 3)
+    assert [step for step in steps if step[0] != "decode"] == [
+        ("denoise", 1, 2),
+        ("denoise", 2, 2),
+        ("super_resolution", 1, 1),
+    ]
     assert {"image_encode", "sr_image_encode", "super_resolution"} <= set(result.timings)
     guided = pipe("A woman nods.", sr_guidance=True, **options)
     assert not np.array_equal(guided.frames, result.frames)
@@ -256,6 +270,7 @@ def test_published_sizes() -> None:
         ({"seconds": "5"}, r"seconds: expected 1 to 60, got '5'"),
         ({"steps": 0}, r"steps: expected an integer from 1 to 1000, got 0"),
         ({"seed": -1}, r"seed: expected an integer from 0"),
+        ({"seed": 2**64}, r"seed: expected an integer from 0 to 2\^64 - 1, got 18446744073709551616"),
         ({"seed": 1.5}, r"seed: expected an integer from 0"),
         ({"sr_guidance": True}, r"sr_guidance: this pipeline was loaded without sr="),
         ({"audio": np.array([None, "x"])}, r"audio: expected a file, an array or a tensor"),

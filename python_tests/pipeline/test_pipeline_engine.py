@@ -18,6 +18,7 @@ from magihuman_fast.codecs.text_encoder import TextEncoder, TextEncoderOnDisk
 from magihuman_fast.kernels.ops import Backend
 from magihuman_fast.runtime.dit import ClipShape
 from magihuman_fast.runtime.graph import GRAPH_BYTES, StepGraph, StepSpec
+from magihuman_fast.runtime.memory_plan import decoder_bytes
 from magihuman_fast.runtime.turbo_vae import TurboVAE, decode_bytes
 from media_cases import portrait, voice
 from numerics import rel_err
@@ -155,6 +156,31 @@ def test_steps_and_decoder_take_turns_or_stay(tiny_checkpoint: Path) -> None:
     assert pipe.turbo_vae.held_bytes > decode
     pipe.setup([(64, 64)], seconds=1, steps=2)
     assert (pipe.engine.pool.nbytes, pipe.turbo_vae.held_bytes) == (step, 0)
+
+
+def test_what_a_pipeline_holds_counts_as_room(
+    captured: MagiHumanPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 1 << 30
+    monkeypatch.setattr("magihuman_fast.runtime.memory_plan.available_memory", lambda: free)
+    spec = StepSpec.first_stage(ClipShape.of((64, 64), 26), guided=False, steps=2)
+    decode = decoder_bytes(captured._sizes, spec.shape)
+    for held in (0, spec.nbytes(captured.dit.config) + GRAPH_BYTES):
+        captured.engine.make_room(held)
+        assert captured.engine.pool.nbytes == held
+        captured.setup([(64, 64)], seconds=1, steps=2)
+        assert captured.engine.limit == free + held - decode
+
+
+def test_setup_makes_the_last_sizes_decoder_ready(
+    captured: MagiHumanPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(captured.turbo_vae, "backend", "gpu")
+    monkeypatch.setattr(captured.turbo_vae, "decode_frames", lambda video: shapes.append(tuple(video.shape)))
+    captured.setup([(64, 64), (96, 64)], seconds=1, steps=2)
+    captured.setup([], seconds=1)
+    assert shapes == [(48, 7, 4, 6)]
 
 
 def test_models_that_do_not_fit(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

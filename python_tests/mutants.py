@@ -49,8 +49,8 @@ ALSO = {
     "checkpoints": ("pipeline/test_pipeline.py",),
     "pipeline": ("cli/test_cli.py",),
 }
-# Operators that no test can miss, and `is` for the `==` of small numbers, which none can notice.
-TOO_PLAIN = re.compile(r"_(Pow|[LR]Shift|Bit(Or|And|Xor)|Mod|Eq_Is|NotEq_IsNot|Is_Eq|IsNot_NotEq)$")
+# Operators that no test can miss, and `is` in place of a comparison of values or the other way round.
+TOO_PLAIN = re.compile(r"_(Pow|[LR]Shift|Bit(Or|And|Xor)|Mod)$|(Eq|[LG]tE?)_Is|_Is(Not)?_[^I]")
 QUICK = 1.0  # seconds of a test that runs before the others
 PATIENCE = 60.0  # seconds that a child gets beyond twice what the unchanged tree takes
 

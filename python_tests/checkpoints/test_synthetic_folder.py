@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from magihuman_fast.checkpoints.synthetic import files, write_checkpoint
+from magihuman_fast.checkpoints.synthetic import audio_vae, files, write_checkpoint
+from magihuman_fast.checkpoints.synthetic.audio_vae import write_audio_vae
+from magihuman_fast.checkpoints.synthetic.image_vae import write_image_vae
+from magihuman_fast.checkpoints.synthetic.turbo_vae import write_turbo_vae
 from magihuman_fast.cli.ending_signals import Terminated
 from magihuman_fast.errors import OutputError
 
@@ -70,3 +74,16 @@ def test_moving_that_ends_half_way_is_taken_back(
 
 def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("write", [write_turbo_vae, write_image_vae, write_audio_vae])
+def test_component_that_cannot_be_written(
+    write: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audio_vae, "_set_level", lambda *args: None)  # takes longer than all else
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OutputError, match=r"file/folder: cannot write the (Turbo|image|audio) VAE: .*Not a dir"
+    ):
+        write(tmp_path / "file" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

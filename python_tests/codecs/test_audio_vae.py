@@ -130,6 +130,7 @@ def test_merge_of_odd_windows() -> None:
         ([torch.zeros(4, 2), torch.zeros(3, 2)], 0.5, r"\(3, 2\)"),
         (torch.zeros(2, 4), 0.5, r"\(4,\)"),
         (torch.zeros(2, 4, 2), 1.0, "got 1.0"),
+        (torch.zeros(2, 4, 2), 1.5, "got 1.5"),
         (torch.zeros(2, 4, 2), -0.1, "got -0.1"),
     ],
 )

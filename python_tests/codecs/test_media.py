@@ -44,6 +44,17 @@ class TestVideo:
         data = path.read_bytes()
         assert data.index(b"moov") < data.index(b"mdat")
 
+    def test_every_rate(self, tmp_path: Path) -> None:
+        path, sound = tmp_path / "a.mp4", np.zeros((16000, 2), np.float32)
+        for rate in (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000):
+            media.write_video(path, clip(1), sound, sample_rate=rate, crf=51)
+            with av.open(str(path)) as container:
+                assert container.streams.audio[0].rate == rate
+        for fps in (1, 240):
+            media.write_video(path, clip(2), None, fps=fps, crf=1)
+            with av.open(str(path)) as container:
+                assert container.streams.video[0].average_rate == fps
+
     def test_colours_are_tagged_as_they_are_converted(self, tmp_path: Path) -> None:
         red = np.zeros((2, 64, 64, 3), np.uint8)
         red[..., 0] = 255
@@ -105,8 +116,11 @@ class TestVideo:
             (clip(2), np.full((44100, 2), np.nan, np.float32), {}, "NaN"),
             (clip(2), stereo(0.01), {}, "one frame's length, got 441 samples"),
             (clip(2), stereo(1.0), {"sample_rate": 44101}, "sample_rate.*44101"),
+            (clip(2), stereo(1.0), {"sample_rate": 7350}, "sample_rate.*7350"),
             (clip(2), None, {"crf": 0}, "crf: expected an integer from 1 to 51, got 0"),
-            (clip(2), None, {"fps": 0}, "fps"),
+            (clip(2), None, {"crf": 52}, "crf: expected an integer from 1 to 51, got 52"),
+            (clip(2), None, {"fps": 0}, "fps: expected an integer from 1 to 240, got 0"),
+            (clip(2), None, {"fps": 241}, "fps: expected an integer from 1 to 240, got 241"),
         ],
     )
     def test_bad_input_is_refused(

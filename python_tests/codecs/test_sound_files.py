@@ -131,7 +131,10 @@ class TestDamage:
         out = load_audio(tmp_path / "b.mp3")
         assert RATE * 0.7 < out.shape[1] < RATE * 1.1
         assert peak_frequency(out[0, : RATE // 4], RATE) == pytest.approx(300, abs=10)
-        assert len(caplog.messages) == 1
+        with av.open(str(tmp_path / "b.mp3")) as container:
+            packets = sum(packet.size > 0 for packet in container.demux(audio=0))
+        (message,) = caplog.messages
+        assert f" of {packets} packets, which are damaged" in message
         # What comes after the part that is used need not be sound.
         caplog.clear()
         assert load_audio(tmp_path / "b.mp3", seconds=0.2).shape[1] == RATE // 5

@@ -342,13 +342,15 @@ def test_activation_estimate(dtype: torch.dtype, gelu7_layers: tuple[int, ...]) 
     assert 0.85 < memory.peak / activation_bytes(config, 8 * 64 + 88, dtype.itemsize) < 1.1
 
 
+@pytest.mark.parametrize("widths", [[8, 8, 8, 8], [32, 64, 64, 64]], ids=["narrow", "wide"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_decode_estimate(dtype: torch.dtype) -> None:
-    values = dict(SIZES["tiny"].turbo_vae) | {"decoder_block_out_channels": [32, 64, 64, 64]}
+def test_decode_estimate(dtype: torch.dtype, widths: list[int]) -> None:
+    """Where the widest map sets it, and where the picture does."""
+    values = dict(SIZES["tiny"].turbo_vae) | {"decoder_block_out_channels": widths}
     config = TurboVAEConfig.from_dict(values)
     shapes = config.state_dict_shapes()
     vae = TurboVAE.from_state_dict(values, {n: torch.full(s, 0.01) for n, s in shapes.items()}, dtype=dtype)
     with PeakMemory() as memory:
         frames = vae.decode_frames(torch.randn(48, 9, 2, 2))
     estimate = decode_bytes(config, (32, 32), 9, dtype.itemsize)
-    assert 0.85 < (memory.peak + frames.nbytes) / estimate < 1.1
+    assert 0.8 < (memory.peak + frames.nbytes) / estimate < 1.1

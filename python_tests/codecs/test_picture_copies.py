@@ -38,6 +38,7 @@ PNG = [
     (chunk(b"zTXt", b"Comment\0\0" + packed(9)), 0),
     (chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x/>"), 1),
     (chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0<x/>"), 0),  # compressed
+    (chunk(b"iTXt", b"XML:com.adobe.xmp\0"), 0),
     (chunk(b"iTXt", b"Comment\0\0\0\0\0text"), 0),
     (chunk(b"PLTE", b"RGB"), 3),
     (chunk(b"tRNS", b"1"), 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,12 +38,19 @@ def proc(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return files
 
 
-def test_the_host(proc: dict[str, str]) -> None:
+def test_the_host(proc: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_memory() == 300 * 1024
     assert cpu_bf16_instructions() == ["amx_bf16", "bf16"]
     cpu = describe_machine()["cpu"]
     assert (cpu["name"], cpu["available_bytes"]) == ("A CPU", 300 * 1024)
     assert cpu["memory_bytes"] > 1 << 26
+    own = 0  # this process, of all whose cores can be asked for
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {own: {2, 3, 5}}[process])
+    assert describe_machine()["cpu"]["cores"] == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for count, cores in ((4, 4), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert describe_machine()["cpu"]["cores"] == cores
     proc.clear()
     assert available_memory() is None
     assert cpu_bf16_instructions() == []

@@ -342,7 +342,8 @@ def test_options_of_the_command(tiny_checkpoint: Path, tmp_path: Path) -> None:
     request += ["--image", tmp_path / "face.png"]
 
     def seen(*options: str) -> tuple[object, ...]:
-        image = commands._checked_request(cli.build_parser().parse_args([*map(str, request), *options]))["image"]
+        parsed = cli.build_parser().parse_args([*map(str, request), *options])
+        image = commands._checked_request(parsed)["image"]
         return image.getpixel((0, 0)), image.getpixel((3, 3))
 
     background, skin = seen()

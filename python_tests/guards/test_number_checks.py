@@ -156,6 +156,15 @@ def test_media_takes_any_integer(tmp_path: Path) -> None:
         media.write_waveform_plot(tmp_path / "c.png", sound, 44100.0)  # type: ignore[arg-type]
 
 
+def test_values_in_messages_are_short() -> None:
+    with pytest.raises(InputError, match=r"got a number of thousands of digits$"):
+        check_seed(10**5000)
+    for length, shown in ((98, "'" + "x" * 98 + "'"), (99, "'" + "x" * 99 + "...")):
+        with pytest.raises(InputError) as refused:
+            check_seed("x" * length)
+        assert str(refused.value).endswith(f", got {shown}")
+
+
 def test_runs_of_a_benchmark() -> None:
     assert type(Setting(runs=np.int64(2)).runs) is int  # type: ignore[arg-type]
 

@@ -342,9 +342,11 @@ def test_activation_estimate(dtype: torch.dtype, gelu7_layers: tuple[int, ...]) 
     assert 0.85 < memory.peak / activation_bytes(config, 8 * 64 + 88, dtype.itemsize) < 1.1
 
 
-@pytest.mark.parametrize("widths", [[8, 8, 8, 8], [32, 64, 64, 64]], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    ("widths", "least"), [([8, 8, 8, 8], 0.8), ([32, 64, 64, 64], 0.85)], ids=["narrow", "wide"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_decode_estimate(dtype: torch.dtype, widths: list[int]) -> None:
+def test_decode_estimate(dtype: torch.dtype, widths: list[int], least: float) -> None:
     """Where the widest map sets it, and where the picture does."""
     values = dict(SIZES["tiny"].turbo_vae) | {"decoder_block_out_channels": widths}
     config = TurboVAEConfig.from_dict(values)
@@ -353,4 +355,4 @@ def test_decode_estimate(dtype: torch.dtype, widths: list[int]) -> None:
     with PeakMemory() as memory:
         frames = vae.decode_frames(torch.randn(48, 9, 2, 2))
     estimate = decode_bytes(config, (32, 32), 9, dtype.itemsize)
-    assert 0.8 < (memory.peak + frames.nbytes) / estimate < 1.1
+    assert least < (memory.peak + frames.nbytes) / estimate < 1.1

@@ -7,8 +7,10 @@ comes out is resampled by 441/512.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from typing import Any, cast
@@ -321,6 +323,12 @@ def _check_floats(name: str, value: object, expected: str) -> None:
 
 def _meta_parts(arch: Architecture) -> dict[str, nn.Module]:
     """Encoder and decoder without storage, every weight-normed convolution replaced by a plain one."""
+    return copy.deepcopy(_first_meta_parts(arch))
+
+
+# Weight norms take long to put on layers, only to be taken off again: a check and a load share one effort.
+@lru_cache(maxsize=1)
+def _first_meta_parts(arch: Architecture) -> dict[str, nn.Module]:
     from diffusers import AutoencoderOobleck
 
     with torch.device("meta"), warnings.catch_warnings():

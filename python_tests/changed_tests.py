@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ROOT / "python_tests"
+PACKAGE, TESTS = ROOT / "magihuman_fast", ROOT / "python_tests"
 ALWAYS = "house/test_house.py"
 # For those who have no git, or nothing to compare with.
 QUICK = ("house/test_house.py", "guards", "model", "kernels/test_ops.py")
@@ -74,22 +74,32 @@ def for_file(file: str) -> set[Path]:
     """The tests of one file of the repository."""
     path = Path(file)
     top, room = path.parts[0], path.parts[1] if len(path.parts) > 2 else ""
+    if path.suffix == ".md":
+        return set()
     if top == "csrc":
-        return (
-            set(TESTS.glob(OF_KERNELS[room]))
-            if room in OF_KERNELS
-            else set(TESTS.glob("kernels/test_ops.py"))
-        )
+        return set(TESTS.glob(OF_KERNELS.get(room, "kernels/test_ops.py")))
     if path.suffix != ".py":
         return set()
     if top == "python_tests":
-        own = ROOT / path
-        return {own} & set(all_files()) or importing(path.stem)
+        return {ROOT / path} & set(all_files()) or importing(path.stem)
     if top == "examples":
         return {TESTS / "house" / "test_examples.py"}
     if top == "bench":
         return named_after(path.stem, "bench") or importing(path.stem)
-    return named_after(path.stem, room) or importing(".".join(path.with_suffix("").parts))
+    return of_module(path) or set().union(*map(of_module, package_users(path)))
+
+
+def of_module(path: Path) -> set[Path]:
+    return named_after(path.stem, path.parts[1]) or importing(".".join(path.with_suffix("").parts))
+
+
+def package_users(path: Path) -> list[Path]:
+    """Modules of the package that import one of it, for one without tests of its own."""
+    pattern = re.compile(
+        rf"^\s*from [\w.]*\.(?:{path.stem} import|\w* ?import [^\n]*\b{path.stem}\b)", re.MULTILINE
+    )
+    sources = sorted(PACKAGE.rglob("*.py"))
+    return [s.relative_to(ROOT) for s in sources if pattern.search(s.read_text(encoding="utf-8"))]
 
 
 def chosen(files: Iterable[str] | None) -> list[str]:

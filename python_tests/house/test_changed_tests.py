@@ -39,6 +39,11 @@ def test_what_tests_share_brings_those_that_use_it() -> None:
     assert "test_sampler.py" not in names("python_tests/conv_cases.py")
 
 
+def test_a_module_without_tests_brings_those_of_its_users() -> None:
+    assert "test_audio_vae.py" in names("magihuman_fast/codecs/audio_vae_config.py")
+    assert "test_gemm.py" not in names("magihuman_fast/codecs/audio_vae_config.py")
+
+
 def test_every_kernel_has_tests() -> None:
     for source in (ROOT / "csrc").rglob("*.c*"):
         assert for_file(source.relative_to(ROOT).as_posix()), source

@@ -48,7 +48,7 @@ $(VENV)/.torch:
 # By path (compat), not by import hook: a hook would lose to the clone's own folder where that lies beside a script.
 # No build isolation: an isolated build would fetch its own requirements again, and later a second torch. They are listed
 # once, in pyproject.toml.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py magihuman_fast/__init__.py
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' >$(VENV)/build-requires.txt
 	$(PIP_INSTALL) --requirement $(VENV)/build-requires.txt
 	@echo "set-up: installing the package and compiling csrc; some minutes, once"
@@ -99,7 +99,7 @@ wheel: setup
 	@MAGIHUMAN_KERNELS=$(KERNELS) $(BIN)/python -W "ignore:setup.py install" setup.py --quiet \
 		egg_info --egg-base $(WHEEL) build --build-base $(WHEEL) --build-lib $(WHEEL)/package \
 		bdist_wheel --skip-build --dist-dir $(WHEEL)/plain
-	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --only-plat --wheel-dir $(DIST) $(WHEEL)/plain/*.whl
+	@PATH="$$(cd $(BIN) && pwd):$$PATH" $(BIN)/auditwheel repair --only-plat --wheel-dir $(DIST) $(WHEEL)/plain/*.whl
 
 gpu-kit: build
 	$(BIN)/python bench/gpu_kit.py
@@ -118,5 +118,5 @@ mutants: build $(VENV)/.mutants
 	@OMP_NUM_THREADS=1 $(BIN)/python python_tests/mutants.py $(ROOM) --sample $(N) --seed $(SEED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info magihuman_fast/kernels/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info magihuman_fast/*.so magihuman_fast/kernels/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

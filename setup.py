@@ -84,8 +84,8 @@ class CMakeBuild(build_ext):
         # What an earlier build left and this one did not make would be out of date.
         wanted = {"_C", "libmagihuman_kernels"} if ready or nvcc is not None else set()
         wanted |= {"_sim"} if with_sim else set()
-        for library in target.glob("*.so"):
-            if library.name.split(".")[0] not in wanted:
+        for library in target.parent.rglob("*.so"):
+            if library.parent != target or library.name.split(".")[0] not in wanted:
                 library.unlink()
         self.built = [str(path) for path in sorted(target.glob("*.so"))]
 

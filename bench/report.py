@@ -1,7 +1,7 @@
 """Renders `bench/results/*.json`: a table beside the targets, a plot, and which kernels have changed since.
 
 python bench/report.py                  # table, baselines, and what is out of date
-python bench/report.py --markdown       # only the kernels' table, as the README carries it
+python bench/report.py --markdown       # only the kernels' table, as docs/kernels.md carries it
 python bench/report.py --plot plot.png  # and a picture of each kernel's share of the measured ceiling
 """
 

@@ -72,7 +72,7 @@ def built_once(name: str, made_of: Sequence[str | Path], make: Callable[[Path], 
 
 def compile_to(name: str, command: Sequence[str | Path], made_of: Sequence[Path]) -> Path:
     """What the command writes to the path that is put behind it."""
-    version = run([command[0], "--version"])
+    version = run([str(command[0]), "--version"])
 
     def make(target: Path) -> None:
         run([*command, "-o", target])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, TESTS = ROOT / "magihuman_fast", ROOT / "python_tests"
-ALWAYS = "house/test_house.py"
+ALWAYS = ("house/test_house.py", "house/test_public_interface.py")
 # For those who have no git, or nothing to compare with.
-QUICK = ("house/test_house.py", "guards", "model", "kernels/test_ops.py")
+QUICK = ("guards", "model", "kernels/test_ops.py")
 # Folder of csrc to its tests: patterns of files.
 OF_KERNELS = {
     "attention": "kernels/test_attention*.py",
@@ -26,7 +26,8 @@ OF_KERNELS = {
     "hopper": "simulator/*.py",
     "sim": "simulator/*.py",
 }
-OPTIONS = ("-q", "-m", "not gpu and not slow", "-n", "auto", "--dist", "worksteal")
+OF_THE_BUILD = ("house/test_build.py", "house/test_release.py", "house/test_wheel.py")
+OPTIONS = ("-q", "-m", "not gpu and not slow", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 
 
 def git(*words: str) -> list[str] | None:
@@ -55,13 +56,19 @@ def all_files() -> list[Path]:
 
 
 def importing(module: str) -> set[Path]:
-    """Tests that import a module, named as they would: `magihuman_fast.model.dit`, `cases`."""
+    """Tests that import a module, named as they would (`magihuman_fast.model.dit`, `cases`), or something shared that
+    does."""
     package, _, name = module.rpartition(".")
     forms = [rf"import {re.escape(module)}\b", rf"from {re.escape(module)} import"]
     if package:
         forms.append(rf"from {re.escape(package)} import [^\n]*\b{name}\b")
     pattern = re.compile("^(" + "|".join(forms) + ")", re.MULTILINE)
-    return {path for path in all_files() if pattern.search(path.read_text(encoding="utf-8"))}
+
+    def users(paths: Iterable[Path]) -> set[Path]:
+        return {path for path in paths if pattern.search(path.read_text(encoding="utf-8"))}
+
+    shared = users(path for path in TESTS.glob("*.py") if path.stem != "conftest")
+    return users(all_files()).union(*(importing(path.stem) for path in shared))
 
 
 def named_after(stem: str, room: str) -> set[Path]:
@@ -70,22 +77,35 @@ def named_after(stem: str, room: str) -> set[Path]:
     return {path for path in named if path.parent.name == room} or named
 
 
+def below(*names: str) -> set[Path]:
+    """Files of tests, and those in folders, by their names below `python_tests/`."""
+    return {
+        path for path in all_files() for name in names if path.relative_to(TESTS).as_posix().startswith(name)
+    }
+
+
 def for_file(file: str) -> set[Path]:
-    """The tests of one file of the repository."""
+    """The tests of one file of the repository, beside those that always run."""
     path = Path(file)
     top, room = path.parts[0], path.parts[1] if len(path.parts) > 2 else ""
-    if path.suffix == ".md":
+    if path.suffix == ".md" or top == "docs":
         return set()
     if top == "csrc":
         return set(TESTS.glob(OF_KERNELS.get(room, "kernels/test_ops.py")))
-    if path.suffix != ".py":
-        return set()
-    if top == "python_tests":
-        return {ROOT / path} & set(all_files()) or importing(path.stem)
     if top == "examples":
-        return {TESTS / "house" / "test_examples.py"}
+        return below("house/test_examples.py")
     if top == "bench":
         return named_after(path.stem, "bench") or importing(path.stem)
+    if top == "python_tests":
+        if path.suffix != ".py" or path.stem == "conftest":
+            return below(*QUICK)
+        return {ROOT / path} & set(all_files()) or importing(path.stem)
+    if top != PACKAGE.name:
+        return below(*OF_THE_BUILD)
+    if not room:  # the public names and what all rooms stand on
+        return below("cli/test_cli.py", *QUICK)
+    if path.suffix != ".py" or path.stem == "__init__":
+        return below(f"{room}/")
     return of_module(path) or set().union(*map(of_module, package_users(path)))
 
 
@@ -104,10 +124,8 @@ def package_users(path: Path) -> list[Path]:
 
 def chosen(files: Iterable[str] | None) -> list[str]:
     """Paths of tests, relative to the repository."""
-    if files is None:
-        return [f"python_tests/{name}" for name in QUICK]
-    found = {TESTS / ALWAYS}.union(*map(for_file, files))
-    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+    found = below(*QUICK) if files is None else set().union(*map(for_file, files))
+    return sorted(path.relative_to(ROOT).as_posix() for path in found | below(*ALWAYS))
 
 
 def main(words: list[str]) -> int:

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,9 @@ def compile_kernels(sources: Sequence[Path]) -> dict[str, Compiled]:
     # ptxas says so, and no more, when it serialises products: its warnings are errors.
     strict = ["-Werror", "all-warnings", "-Xptxas=-v,--warn-on-spills,-Werror"]
     compiler = [nvcc, *flags, *strict, "-cubin"]
-    versions = [run([tool, "--version"]) for tool in (nvcc, cuobjdump, nvdisasm)]
+    versions = [run([tool, "--version"]) for tool in (nvcc, cuobjdump, nvdisasm)] + [
+        version("nvidia-cutlass")
+    ]
 
     def run_on(text: str | None, command: list[str | Path]) -> str:
         environment = os.environ | {
@@ -112,6 +115,7 @@ def compile_kernels(sources: Sequence[Path]) -> dict[str, Compiled]:
             cubin = target.with_suffix(".cubin")
             report = run_on(None, [*compiler, source, "-o", cubin])
             code = run_on(None, [cuobjdump, "-sass", cubin])
+            cubin.unlink()
             parts = {"report": run_on(report, [demangler]), "code": run_on(code, [demangler])}
             target.write_text(json.dumps(parts))
 

@@ -36,7 +36,7 @@ from .random_models import random_pipeline, random_turbo_vae
 log = logging.getLogger(__name__)
 
 PRESETS: dict[str, str | None] = {"256p": None, "540p": "540p", "1080p": "1080p"}
-# Seconds after text encoding that bfloat16 is to reach on one H200 (README).
+# Seconds after text encoding that bfloat16 is to reach on one H200 (docs/performance.md).
 TARGETS = {"256p": 1.35, "540p": 5.8, "1080p": 31.0}
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 RECOMPILE_LIMIT = 64  # more kinds of layers and lengths of prompts than a clip has; torch's own is 8

@@ -77,7 +77,7 @@ the published weights (DIR is a folder of yours; all of the first repository is 
   """
         + DOWNLOADS.strip().replace("\n", "\n  "),
     )
-    version = import_module(__name__.partition(".")[0]).__version__
+    version = import_module("..", __package__).__version__
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
     commands = parser.add_subparsers(metavar="command", required=True)
 

@@ -117,7 +117,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def _logging(args: argparse.Namespace) -> Iterator[None]:
     """Show the package's log on stderr while a command runs."""
-    logger = logging.getLogger(__name__.partition(".")[0])
+    logger = logging.getLogger(__name__.removesuffix(".cli.program"))
     handler, level = _LogLines(), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if args.verbose else logging.ERROR if args.quiet else logging.WARNING)

@@ -23,7 +23,7 @@ sys.path[:] = job["path"]
 spec = importlib.util.spec_from_file_location("magihuman_fast", job["package"])
 sys.modules["magihuman_fast"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["magihuman_fast"])
-importlib.import_module(job["module"]).serve(job)
+importlib.import_module("magihuman_fast" + job["module"]).serve(job)
 """
 # By place: a name would be looked up anew, perhaps from another working folder.
 _PACKAGE = str(Path(__file__).resolve().parents[1] / "__init__.py")
@@ -46,7 +46,8 @@ def child_command(module: str, job: dict[str, Any]) -> list[str]:
         raise OSError("a frozen application is no interpreter")
     if CHILD in os.environ:
         raise OSError("this process was started to do one piece of work")
-    job = job | {"module": module, "package": _PACKAGE, "path": list(map(str, sys.path))}
+    inside = module.removeprefix(__name__.removesuffix(".guards.child_process"))
+    job = job | {"module": inside, "package": _PACKAGE, "path": list(map(str, sys.path))}
     return [interpreter, "-P", "-u", "-c", PROGRAM, json.dumps(job)]
 
 

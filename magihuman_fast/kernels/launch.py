@@ -46,7 +46,9 @@ def gpu_unavailable(device: torch.device | str | None = None) -> str | None:
     """Why the kernels cannot run on `device` (None: the current CUDA device); None where they can."""
     kernels = _module("_C")
     if kernels is None:
-        return "kernels not compiled: there was no nvcc when the package was installed"
+        return (
+            "kernels not compiled: there was no nvcc when the package was installed (in a clone: make build)"
+        )
     # First: with such a driver torch may see no device.
     too_old = _driver_too_old(kernels)
     if too_old is not None:

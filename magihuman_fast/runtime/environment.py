@@ -108,7 +108,7 @@ def describe_machine() -> dict[str, Any]:
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     path, decoder_path = kernel_path("models"), kernel_path("decoder")
     return {
-        "magihuman_fast": import_module(__name__.partition(".")[0]).__version__,
+        "magihuman_fast": import_module("..", __package__).__version__,
         "path": {"name": path.name, "reason": path.reason},
         "decoder_path": {"name": decoder_path.name, "reason": decoder_path.reason},
         "python": platform.python_version(),

@@ -39,7 +39,7 @@ def tensors_of(component: object) -> Iterator[torch.Tensor]:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 yield from found(item)
-        elif type(value).__module__.startswith(f"{__name__.partition('.')[0]}.") and hasattr(
+        elif type(value).__module__.startswith(__name__.removesuffix("runtime.memory_estimate")) and hasattr(
             value, "__dict__"
         ):
             yield from found(vars(value))

@@ -1,4 +1,4 @@
-"""The Turbo VAE decoder: on a Hopper GPU in bfloat16 by the kernels of `ops`, else in plain PyTorch (`reference`).
+"""The Turbo VAE decoder: on a Hopper GPU in bfloat16 by the kernels of `ops`, else in plain PyTorch.
 
 Same windows, same order, same roundings as `model.turbo_vae`, which is the truth; what differs is where tensors lie
 (`decode_plan`), that norms run in the convolutions' epilogues, and that the last one writes frames.

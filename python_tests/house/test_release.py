@@ -20,4 +20,7 @@ def test_the_change_log_begins_with_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## (\d+\.\d+\.\d+)", text, re.MULTILINE)
     assert versions[0] == magihuman_fast.__version__
+    assert f"dist/magihuman_fast-{magihuman_fast.__version__}-*.whl" in (ROOT / "README.md").read_text(
+        "utf-8"
+    )
     assert versions == sorted(versions, key=lambda v: [int(n) for n in v.split(".")], reverse=True)

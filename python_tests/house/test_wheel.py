@@ -45,8 +45,11 @@ def surroundings(**changes: str) -> dict[str, str]:
 
 def make_wheel(folder: Path, kernels: object, **changes: str) -> subprocess.CompletedProcess[str]:
     """`make wheel` into `folder`, with the environment that runs the tests: that is set up."""
-    variables = {"VENV": sys.prefix, "WHEEL": folder / "build", "DIST": folder / "dist", "KERNELS": kernels}
-    command = ["make", "wheel", f"--old-file={sys.prefix}/.installed"]
+    # make takes a path with spaces for several: in the clone by its name there.
+    environment = Path(sys.prefix)
+    environment = environment.relative_to(ROOT) if environment.is_relative_to(ROOT) else environment
+    variables = {"VENV": environment, "WHEEL": folder / "build", "DIST": folder / "dist", "KERNELS": kernels}
+    command = ["make", "wheel", f"--old-file={environment}/.installed"]
     command += [f"{name}={value}" for name, value in variables.items()]
     return subprocess.run(command, cwd=ROOT, env=surroundings(**changes), capture_output=True, text=True)
 
@@ -80,6 +83,8 @@ def up_to_date() -> Path | None:
         ROOT / name for name in ("setup.py", "CMakeLists.txt", "Makefile", "pyproject.toml", "README.md")
     ]
     inputs += [path for folder in (PACKAGE, ROOT / "csrc") for path in folder.rglob("*.*")]
+    # A removed file shows in its folder's time.
+    inputs += [path.parent for path in inputs if path.suffix == ".py"]
     newest = max(path.stat().st_mtime for path in inputs if path.suffix not in (".so", ".pyc"))
     found = (ROOT / "dist").glob(f"magihuman_fast-{VERSION}-{INTERPRETER}-*.whl")
     return next((path for path in found if path.stat().st_mtime > newest), None)

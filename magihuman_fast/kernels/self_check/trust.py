@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 LIMITS = Limits()
 FOLDER = "magihuman_fast"
-PACKAGE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).parents[2]
 # What is compiled for a backend; and what launches that, what it is held to, and how.
 LIBRARIES: dict[ops.Backend, tuple[str, ...]] = {
     "gpu": ("kernels/libmagihuman_kernels.so", "kernels/_C.*.so"),

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,11 @@ def all_files() -> list[Path]:
     return sorted(TESTS.glob("*/test_*.py"))
 
 
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def importing(module: str) -> set[Path]:
     """Tests that import a module, named as they would (`magihuman_fast.model.dit`, `cases`), or something shared that
     does."""
@@ -65,7 +71,7 @@ def importing(module: str) -> set[Path]:
     pattern = re.compile("^(" + "|".join(forms) + ")", re.MULTILINE)
 
     def users(paths: Iterable[Path]) -> set[Path]:
-        return {path for path in paths if pattern.search(path.read_text(encoding="utf-8"))}
+        return {path for path in paths if pattern.search(text_of(path))}
 
     shared = users(path for path in TESTS.glob("*.py") if path.stem != "conftest")
     return users(all_files()).union(*(importing(path.stem) for path in shared))
@@ -119,7 +125,7 @@ def package_users(path: Path) -> list[Path]:
         rf"^\s*from [\w.]*\.(?:{path.stem} import|\w* ?import [^\n]*\b{path.stem}\b)", re.MULTILINE
     )
     sources = sorted(PACKAGE.rglob("*.py"))
-    return [s.relative_to(ROOT) for s in sources if pattern.search(s.read_text(encoding="utf-8"))]
+    return [s.relative_to(ROOT) for s in sources if pattern.search(text_of(s))]
 
 
 def chosen(files: Iterable[str] | None) -> list[str]:

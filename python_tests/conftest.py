@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,12 @@ def kernel_checks(kernel_cache: Path, made_for: dict[str, str], monkeypatch: pyt
     monkeypatch.setattr(ops, "gpu_unavailable", lambda device=None: None)
     monkeypatch.setattr(loading, "gpu_unavailable", lambda device=None: None)
     return found
+
+
+def pytest_configure() -> None:
+    """A shell ignores Ctrl-C in what it runs in the background, and its children inherit that: tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -204,6 +204,14 @@ def test_prefix_and_other_keys(state_dict: dict[str, torch.Tensor], vae: AudioVA
     assert torch.equal(out, vae.decode(noise_like(2)))
 
 
+def test_two_of_one_configuration_share_nothing(state_dict: dict[str, torch.Tensor], vae: AudioVAE) -> None:
+    """Although their layers are laid out once."""
+    other = AudioVAE.from_state_dict(CONFIG, {name: w * 0.5 for name, w in state_dict.items()})
+    again = AudioVAE.from_state_dict(CONFIG, state_dict)
+    assert torch.equal(again.decode(noise_like(2)), vae.decode(noise_like(2)))
+    assert not torch.equal(other.decode(noise_like(2)), vae.decode(noise_like(2)))
+
+
 def test_no_warning_reaches_the_caller(state_dict: dict[str, torch.Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -15,15 +15,15 @@ WHEEL := build/wheel
 KERNELS := required
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test check lint docs format bench demo wheel gpu-kit mutants clean
+.PHONY: help setup build test check lint docs format bench demo wheel gpu-kit room-named mutants clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup    build .venv: torch, the package (editable) and the developer tools"
 	@echo "make build    set-up, then compile what changed in csrc: simulator, and kernels where there is nvcc"
-	@echo "make test     build, then all checks: ruff, mypy, clang-format, pytest"
+	@echo "make test     build, then all checks: ruff, mypy, clang-format, the reference, pytest"
 	@echo "make check    lint, and the tests of what has changed since main, without the slow ones: under a minute"
-	@echo "make lint     the same checks without pytest"
+	@echo "make lint     ruff, mypy and clang-format alone"
 	@echo "make docs     the reference of every function, in build/docs; a warning there is an error"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    set-up, then the benchmarks"
@@ -113,8 +113,10 @@ $(VENV)/.mutants: $(VENV)/.installed
 	$(PIP_INSTALL) --requirement $(VENV)/mutants-requires.txt
 	@touch $@
 
-mutants: build $(VENV)/.mutants
+room-named:
 	@test -n "$(ROOM)" || { echo "error: name a room of magihuman_fast, or a module in one: make mutants ROOM=pipeline" >&2; exit 1; }
+
+mutants: room-named build $(VENV)/.mutants
 	@OMP_NUM_THREADS=1 $(BIN)/python python_tests/mutants.py $(ROOM) --sample $(N) --seed $(SEED)
 
 clean:

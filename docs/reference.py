@@ -5,6 +5,7 @@ A warning of pdoc's, such as an annotation that names nothing, is an error.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import sys
@@ -42,6 +43,14 @@ def show_contents(room: ModuleType) -> None:
 def build(folder: Path) -> list[str]:
     """Write the pages; what pdoc had to complain of."""
     show_contents(magihuman_fast)
+    # The main call first; calls of objects, which pdoc takes for private; modules, which it does not list.
+    magihuman_fast.__all__.sort(key=lambda name: name != "MagiHumanPipeline")
+    for value in (getattr(magihuman_fast, name) for name in magihuman_fast.__all__):
+        if isinstance(value, type) and "__call__" in vars(value):
+            value.__call__.__doc__ = f"{value.__call__.__doc__}\n\n@public"  # type: ignore[attr-defined]
+    modules = (magihuman_fast.ops, magihuman_fast.sampler)
+    names = " and ".join(f"`{module.__name__}`" for module in modules)
+    magihuman_fast.__doc__ = f"{magihuman_fast.__doc__}\n\nThe kernels and the samplers alone are {names}."
     pdoc.render.configure(docformat="google", footer_text=f"{PACKAGE} {magihuman_fast.__version__}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -50,8 +59,10 @@ def build(folder: Path) -> list[str]:
     return [str(w.message) for w in caught if any(Path(w.filename).is_relative_to(place) for place in ours)]
 
 
-def main(argv: Sequence[str]) -> int:
-    folder = Path(argv[0]) if argv else ROOT / "build" / "docs"
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the reference of every function.")
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "docs")
+    folder = parser.parse_args(argv).folder
     complaints = build(folder)
     for complaint in complaints:
         print(f"error: {complaint}", file=sys.stderr)
@@ -61,4 +72,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -34,7 +34,8 @@ OPTIONS = ("-q", "-m", "not gpu and not slow", "-n", "auto", "--maxprocesses", "
 def git(*words: str) -> list[str] | None:
     """The lines that git says; None where it fails."""
     try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        command = ["git", "-c", "core.quotepath=off", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return None if done.returncode else done.stdout.splitlines()
@@ -42,13 +43,14 @@ def git(*words: str) -> list[str] | None:
 
 def changed_files() -> list[str] | None:
     """Relative to the repository; None where nobody can tell."""
+    names = ("diff", "--name-only", "--no-renames", "--relative")
     base = git("merge-base", "HEAD", "main") or git("merge-base", "HEAD", "origin/main")
     head, new = git("rev-parse", "HEAD"), git("ls-files", "--others", "--exclude-standard")
     if base is None or head is None or new is None:
         return None
-    changed = git("diff", "--name-only", base[0])
+    changed = git(*names, base[0])
     if base == head and not changed and not new:
-        changed = git("diff", "--name-only", "HEAD~1")
+        changed = git(*names, "HEAD~1")
     return None if changed is None else sorted({*changed, *new})
 
 
@@ -101,7 +103,7 @@ def for_file(file: str) -> set[Path]:
     if top == "examples":
         return below("house/test_examples.py")
     if top == "bench":
-        return named_after(path.stem, "bench") or importing(path.stem)
+        return named_after(path.stem, "bench") or importing(path.stem) or below("bench/test_gpu_check.py")
     if top == "python_tests":
         if path.suffix != ".py" or path.stem == "conftest":
             return below(*QUICK)
@@ -135,7 +137,10 @@ def chosen(files: Iterable[str] | None) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    tests = chosen(changed_files())
+    files = changed_files()
+    tests = chosen(files)
+    if files is None:
+        print("nobody can tell here what has changed: the quick tests")
     print("checked:", *tests, flush=True)
     return subprocess.run([sys.executable, "-m", "pytest", *OPTIONS, *tests, *words], cwd=ROOT).returncode
 

@@ -33,10 +33,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import cosmic_ray.plugins
 import pytest
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "magihuman_fast"
@@ -76,6 +73,9 @@ def meaning(source: str) -> str:
 
 def places(source: str) -> list[list[tuple[str, int]]]:
     """For each place that can be changed, in a fixed order: the changes there, each an operator and its occurrence."""
+    import cosmic_ray.plugins
+    from cosmic_ray.ast import ast_nodes, get_ast
+
     found: defaultdict[tuple[int, int], list[tuple[str, int]]] = defaultdict(list)
     nodes = list(ast_nodes(get_ast(source)))
     for name in sorted(cosmic_ray.plugins.operator_names()):
@@ -90,6 +90,9 @@ def places(source: str) -> list[list[tuple[str, int]]]:
 
 def sample(modules: list[Path], seed: int) -> Iterator[tuple[Path, str]]:
     """Changed modules, each with the text it gets, in a random order that `seed` sets."""
+    import cosmic_ray.plugins
+    from cosmic_ray.mutating import mutate_code
+
     deal = random.Random(seed)
     every = [(module, changes) for module in modules for changes in places(module.read_text())]
     deal.shuffle(every)
@@ -145,6 +148,21 @@ def _child(tree: Path, tests: list[str], order: Order) -> None:
     os._exit(code)  # no waiting for threads
 
 
+def inside_package(name: str) -> Path:
+    """A room or a module by its path in the package, or in the repository.
+
+    Raises:
+        ValueError: it is neither, or has no tests.
+    """
+    package = ROOT / PACKAGE
+    path = (package / name.removeprefix(f"{PACKAGE}/")).resolve()
+    if path.is_relative_to(package) and path != package and (path.is_dir() or path.suffix == ".py"):
+        inside = path.relative_to(package)
+        if path.exists() and (ROOT / "python_tests" / inside.parts[0]).is_dir():
+            return inside
+    raise ValueError(f"{name}: expected a folder or a module of {PACKAGE} that has tests")
+
+
 def told(module: Path, before: str, after: str) -> str:
     """Where a change is, and its lines before and after, without their indentation."""
     old, new = before.splitlines(), after.splitlines()
@@ -160,10 +178,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=10, help="seconds of the slowest test that is run")
     args = parser.parse_args()
-    room = args.room.split("/")[0]
+    try:
+        inside = inside_package(args.room)
+    except ValueError as error:
+        parser.error(str(error))
+    room = inside.parts[0]
     tests = [f"python_tests/{name}" for name in (room, *ALSO.get(room, ()))]
-    if not (ROOT / PACKAGE / args.room).exists() or not (ROOT / tests[0]).exists():
-        parser.error(f"{args.room}: no folder or module of {PACKAGE} that has tests")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as any end: nothing is left behind
     for name in WARM:
         importlib.import_module(name)
@@ -180,7 +200,7 @@ def main() -> int:
         print(f"{len(seconds)} tests pass in {whole:.0f} s; {quick} of them are quick enough", flush=True)
         # From here on nothing is compiled for good: a change and the next one may have the same length and second.
         sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
-        target = tree / PACKAGE / args.room
+        target = tree / PACKAGE / inside
         changes = sample(sorted(target.rglob("*.py")) if target.is_dir() else [target], args.seed)
         survivors, planted = [], 0
         for planted, (module, changed) in enumerate(itertools.islice(changes, args.sample), 1):
@@ -198,4 +218,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

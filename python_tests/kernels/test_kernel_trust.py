@@ -217,7 +217,7 @@ def test_a_build_is_all_that_launches_kernels_and_checks_them(
     package = tmp_path / "package"
     for room in ("kernels", "model", "cli"):
         (package / room).mkdir(parents=True)
-    monkeypatch.setattr(kernel_trust, "PACKAGE", package)
+    monkeypatch.setattr(kernel_trust, "_PACKAGE", package)
     build = kernel_trust._build.__wrapped__
     builds = [build("gpu")]
     for name in ("kernels/launch.py", "kernels/products.py", "model/operations.py", "kernels/_C.abi.so"):

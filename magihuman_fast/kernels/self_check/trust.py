@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 LIMITS = Limits()
 FOLDER = "magihuman_fast"
-PACKAGE = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[2]
 # What is compiled for a backend; and what launches that, what it is held to, and how.
 LIBRARIES: dict[ops.Backend, tuple[str, ...]] = {
     "gpu": ("kernels/libmagihuman_kernels.so", "kernels/_C.*.so"),
@@ -189,8 +189,8 @@ def _build(backend: ops.Backend) -> str:
     """A digest of what is compiled for a backend, of what launches it, and of the check."""
     digest = hashlib.sha256()
     for pattern in (*LIBRARIES[backend], *SOURCES):
-        for path in sorted(PACKAGE.glob(pattern)):
-            digest.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size}\n".encode())
+        for path in sorted(_PACKAGE.glob(pattern)):
+            digest.update(f"{path.relative_to(_PACKAGE)} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import pkgutil
 import sys
 import warnings
@@ -47,7 +48,8 @@ def build(folder: Path) -> list[str]:
     magihuman_fast.__all__.sort(key=lambda name: name != "MagiHumanPipeline")
     for value in (getattr(magihuman_fast, name) for name in magihuman_fast.__all__):
         if isinstance(value, type) and "__call__" in vars(value):
-            value.__call__.__doc__ = f"{value.__call__.__doc__}\n\n@public"  # type: ignore[attr-defined]
+            call = inspect.unwrap(vars(value)["__call__"])
+            call.__doc__ = f"{inspect.getdoc(call)}\n\n@public"
     modules = (magihuman_fast.ops, magihuman_fast.sampler)
     names = " and ".join(f"`{module.__name__}`" for module in modules)
     magihuman_fast.__doc__ = f"{magihuman_fast.__doc__}\n\nThe kernels and the samplers alone are {names}."
@@ -56,7 +58,12 @@ def build(folder: Path) -> list[str]:
         warnings.simplefilter("always")
         pdoc.pdoc(PACKAGE, output_directory=folder)
     ours = (Path(pdoc.__file__).parent, ROOT / PACKAGE)
-    return [str(w.message) for w in caught if any(Path(w.filename).is_relative_to(place) for place in ours)]
+    said = [str(w.message) for w in caught if any(Path(w.filename).is_relative_to(place) for place in ours)]
+    front = (folder / f"{PACKAGE}.html").read_text(encoding="utf-8")
+    values = vars(magihuman_fast)
+    named = [name for name in magihuman_fast.__all__ if not isinstance(values[name], ModuleType)]
+    wanted = [*named, "MagiHumanPipeline.__call__"]
+    return said + [f"{name} is not on the front page" for name in wanted if f'id="{name}"' not in front]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

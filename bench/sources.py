@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Container
 from pathlib import Path
 
 # Every operation's parameters are declared in api.h: a new one there changes no other kernel.
@@ -29,26 +30,27 @@ def digests(root: Path) -> dict[str, str]:
     return {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:16] for name in device_files(root)}
 
 
+def with_included(source: Path, among: Container[Path]) -> list[Path]:
+    """A source and every file of csrc that it includes, and those that they do, as far as they are `among` these."""
+    csrc = next(folder for folder in source.parents if folder.name == "csrc")
+    found, frontier = {source}, [source]
+    while frontier:
+        path = frontier.pop()
+        for name in INCLUDE.findall(path.read_text(encoding="utf-8")):
+            new = {csrc / name, path.parent / name} - found
+            frontier += [option for option in new if option in among]
+            found.update(frontier)
+    return sorted(found)
+
+
 def kernel_sources(root: Path) -> dict[str, list[str]]:
     """Operation to the files that its launcher's file includes, itself among them, found by their `#include` lines."""
-    known = set(device_files(root))
-    texts = {name: (root / name).read_text(encoding="utf-8") for name in known}
-
-    def included(name: str) -> set[str]:
-        folder = name.rsplit("/", 1)[0]
-        wanted = (
-            option for line in INCLUDE.findall(texts[name]) for option in (f"csrc/{line}", f"{folder}/{line}")
-        )
-        return known.intersection(wanted)
-
+    known = device_files(root)
+    among = {root / name for name in known}
     found = {}
-    for name in sorted(known):
-        for op in LAUNCHER.findall(texts[name]):
-            closure, frontier = {name}, {name}
-            while frontier:
-                frontier = {other for file in frontier for other in included(file)} - closure
-                closure |= frontier
-            found[op] = sorted(closure)
+    for name in known:
+        for op in LAUNCHER.findall((root / name).read_text(encoding="utf-8")):
+            found[op] = [path.relative_to(root).as_posix() for path in with_included(root / name, among)]
     return dict(sorted(found.items()))
 
 

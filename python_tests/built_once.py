@@ -6,12 +6,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import sources
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 KEPT = CSRC.parent / "build" / "tests"
@@ -22,7 +23,6 @@ FLAGS = (
     *("-DMAGIHUMAN_SIM", f"-I{CSRC}"),
     *(("-march=x86-64-v3",) if os.uname().machine == "x86_64" else ()),
 )
-INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 def run(command: Sequence[str | Path]) -> str:
@@ -34,15 +34,7 @@ def run(command: Sequence[str | Path]) -> str:
 
 def with_included(source: Path) -> list[Path]:
     """A source and every file of csrc that it includes, and those that they do."""
-    found, frontier = {source}, [source]
-    while frontier:
-        path = frontier.pop()
-        for name in INCLUDE.findall(path.read_text(encoding="utf-8")):
-            for option in (CSRC / name, path.parent / name):
-                if option.is_file() and option not in found:
-                    found.add(option)
-                    frontier.append(option)
-    return sorted(found)
+    return sources.with_included(source, set(CSRC.rglob("*")))
 
 
 def built_once(name: str, made_of: Sequence[str | Path], make: Callable[[Path], None]) -> Path:
@@ -86,8 +78,8 @@ def compiled(source: Path) -> Path:
     return compile_to(name, [COMPILER, *FLAGS, "-c", source], with_included(source))
 
 
-def linked(name: str, sources: Sequence[Path], *flags: str) -> Path:
-    """A program or a library of such sources and the simulator."""
+def linked(name: str, files: Sequence[Path], *flags: str) -> Path:
+    """A program or a library of such C++ files and the simulator."""
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [*sources, *sorted(CSRC.glob("sim/*.cpp"))]))
+        objects = list(pool.map(compiled, [*files, *sorted(CSRC.glob("sim/*.cpp"))]))
     return compile_to(name, [COMPILER, *flags, *objects], objects)

@@ -10,18 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from loading_cases import LOAD
 from magihuman_fast import InputError, InsufficientMemory
 from magihuman_fast.checkpoints import loading
 from magihuman_fast.checkpoints.loading import Components, load_components, resolve_device
 from magihuman_fast.codecs.audio_vae import AudioVAE
 from magihuman_fast.codecs.text_encoder import TextEncoder, TextEncoderOnDisk
 from magihuman_fast.runtime.memory_plan import MemoryPlan, ModelSizes
-
-DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("sr", "text_encoder", "image_vae", "audio_vae", "memory_limit")),
-    **dict.fromkeys(("kernels", "check_kernels", "on_load")),
-    **{"variant": "distill", "device": "cpu", "precision": "bf16", "text_encoder_on": "auto"},
-}
 
 
 @pytest.fixture
@@ -31,7 +26,7 @@ def load(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     sound = SimpleNamespace(weight=torch.zeros(1))
     monkeypatch.setattr(AudioVAE, "from_pretrained", lambda path, device: sound)
     monkeypatch.setattr(loading, "resolve_device", lambda device: torch.device("meta"))
-    return lambda **options: load_components(tiny_checkpoint, **DEFAULTS | options)
+    return lambda **options: load_components(tiny_checkpoint, **LOAD | options)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +84,7 @@ def test_places_that_do_not_exist(tmp_path: Path) -> None:
             InputError, match=r"text_encoder_on: expected one of auto, device, cpu, disk, got "
         ):
             # Before the folder is looked for.
-            load_components(tmp_path / "absent", **DEFAULTS | {"text_encoder_on": place})
+            load_components(tmp_path / "absent", **LOAD | {"text_encoder_on": place})
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

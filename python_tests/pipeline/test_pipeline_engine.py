@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from loading_cases import LOAD
 from magihuman_fast import Cancelled, InputError, InsufficientMemory, MagiHumanPipeline
 from magihuman_fast.checkpoints.loading import load_components
 from magihuman_fast.codecs.text_encoder import TextEncoder, TextEncoderOnDisk
@@ -24,20 +25,6 @@ from media_cases import portrait, voice
 from numerics import rel_err
 
 SMALL: dict[str, Any] = {"seconds": 1, "width": 64, "height": 64, "steps": 2}
-LOAD: dict[str, Any] = {
-    "variant": "distill",
-    "sr": None,
-    "device": "cpu",
-    "precision": "bf16",
-    "text_encoder": None,
-    "text_encoder_on": "auto",
-    "image_vae": None,
-    "audio_vae": None,
-    "memory_limit": None,
-    "kernels": None,
-    "check_kernels": None,
-    "on_load": None,
-}
 
 
 def on_backend(root: Path, backend: Backend | None, **options: Any) -> MagiHumanPipeline:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from cases import GOLDEN
 from magihuman_fast.checkpoints.synthetic.turbo_vae import TINY_CONFIG, write_turbo_vae
@@ -19,18 +17,9 @@ from magihuman_fast.errors import CheckpointError, InputError, OutputError
 from magihuman_fast.model.latent_statistics import LATENT_MEAN, LATENT_STD
 from magihuman_fast.model.turbo_vae import CHECKPOINT_NAME, CONFIG_NAME, TurboVAE
 from magihuman_fast.model.turbo_vae_config import PUBLISHED_CONFIG, TurboVAEConfig
+from turbo_vae_cases import random_latent, tiny_state_dict
 
 OFFICIAL_CONFIG: dict[str, Any] = json.loads((GOLDEN / "official/turbo_vae_config.json").read_text())
-
-
-def tiny_state_dict(config: Mapping[str, Any] = TINY_CONFIG) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = TurboVAEConfig.from_dict(config).state_dict_shapes()
-    return {k: 0.2 * torch.randn(s, generator=generator) for k, s in shapes.items()}
-
-
-def random_latent(*shape: int) -> Tensor:
-    return torch.randn(48, *shape, generator=torch.Generator().manual_seed(3))
 
 
 # The configuration
